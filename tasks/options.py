@@ -20,8 +20,6 @@ class ClassificationOptions(Options):
     """As in ``PretrainedConfig.problem_type``; null finds it from the labels and says what it found."""
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     """Weight of each class in the loss; ``balanced`` is n / (classes * n_class), as in scikit-learn."""
-    label_separator: str | None = None
-    """Splits a label cell of a csv file into several labels, e.g. ``|``."""
     long_documents: Literal["truncate", "windows"] = "truncate"
     """A document longer than ``model.max_length``: cut it, or average the logits over overlapping windows."""
 

@@ -1,0 +1,146 @@
+"""Each part of a run, built from its settings. Configuration stops here: what is built takes plain values."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import datasets
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from heedful import UserError
+from pipelines.config import RunConfig
+from sources.audit import Limits
+from tasks import TASKS
+from tasks.protocol import Task
+from training.batches import Batching
+from training.loop import Schedule, Trainee
+from training.lora import add_lora
+from training.models import Loaded, check_length, load_model, load_tokenizer
+from training.optimizer import build_optimizer, build_scheduler, parameter_groups
+
+PASS_OVERHEAD = {"cpu": 128.0}
+"""What one more forward and backward pass costs, in tokens; see ``Batching.overhead``."""
+ACCELERATOR_OVERHEAD = 8192.0
+"""The same on a GPU, which a few hundred tokens leave idle."""
+
+
+def build_task(config: RunConfig, rows: datasets.Dataset) -> Task:
+    """The task, with the labels that its training rows hold and the model's own tokenizer."""
+    kind, model = TASKS[config.task].load(), config.model
+    tokenizer = load_tokenizer(
+        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **kind.tokenizer_kwargs
+    )
+    return kind.build(tokenizer, rows, max_length=model.max_length, stride=config.data.stride, options=config.options)
+
+
+def audit_limits(config: RunConfig) -> Limits:
+    """The thresholds that stop a run."""
+    data = config.data
+    return Limits(
+        max_leak_fraction=data.max_leak_fraction,
+        max_duplicate_fraction=data.max_duplicate_fraction,
+        max_conflict_fraction=data.max_conflict_fraction,
+        max_lost_fraction=data.max_lost_fraction,
+    )
+
+
+def load_base(config: RunConfig, task: Task) -> Loaded:
+    """The pretrained model with the task's head; the seed is set anew, so that the head depends on nothing else."""
+    set_seed(config.seed)
+    loaded = load_model(task.auto_class, **base_of(config), **task.model_kwargs())
+    check_length(loaded.model, config.model.max_length)
+    return loaded
+
+
+def base_of(config: RunConfig) -> dict[str, Any]:
+    """Arguments of ``load_model`` for the run's starting point."""
+    model = config.model
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "new_head": model.init == "new_head",
+    }
+
+
+def adapt(config: RunConfig, loaded: Loaded) -> nn.Module:
+    """The model as it will be trained: whole, or frozen with an adapter."""
+    if config.train.activation_checkpointing:
+        loaded.model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.lora.r is None:
+        return loaded.model
+    return add_lora(loaded.model, loaded.new, **config.lora.model_dump())
+
+
+def describe_model(loaded: Loaded, model: nn.Module) -> str:
+    """What is trained, what starts at random, what of the checkpoint is not used."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines = [f"model: {type(loaded.model).__name__}, {total:,} parameters, {trained:,} trained"]
+    if loaded.new:
+        lines.append(f"new, not in the checkpoint: {', '.join(loaded.new)}")
+    if loaded.unused:
+        lines.append(f"in the checkpoint, not used: {', '.join(loaded.unused)}")
+    return "\n".join(lines)
+
+
+def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
+    """How features become updates.
+
+    Raises:
+        UserError: Micro-batch, accumulation and processes do not multiply to the batch size.
+    """
+    train, world_size = config.train, accelerator.num_processes
+    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if micro and accumulation and micro * accumulation * world_size != train.batch_size:
+        raise UserError(
+            f"{micro} x {accumulation} x {world_size} processes = {micro * accumulation * world_size} examples a step",
+            where="train.per_device_train_batch_size, train.gradient_accumulation_steps",
+            expected=f"train.batch_size={train.batch_size}, which is decided first",
+            fix="leave one of the two out: it follows from the others",
+        )
+    return Batching(
+        batch_size=train.batch_size,
+        seed=config.seed,
+        strategy=train.train_sampling_strategy,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        overhead=PASS_OVERHEAD.get(accelerator.device.type, ACCELERATOR_OVERHEAD),
+        num_workers=train.dataloader_num_workers,
+    )
+
+
+def build_schedule(config: RunConfig, steps_per_epoch: int, *, validated: bool) -> Schedule:
+    """What happens when; without validation rows nothing is evaluated and the last model is the result."""
+    train = config.train
+    every = {"epoch": steps_per_epoch, "no": None}
+    return Schedule(
+        total_steps=train.max_steps or ceil(train.num_train_epochs * steps_per_epoch),
+        eval_every=every.get(train.eval_strategy, train.eval_steps) if validated else None,
+        save_every=every.get(train.save_strategy, train.save_steps),
+        keep=train.save_total_limit,
+        patience=train.early_stopping_patience,
+        threshold=train.early_stopping_threshold,
+    )
+
+
+def build_trainee(
+    config: RunConfig, task: Task, model: nn.Module, accelerator: Accelerator, *, total_steps: int
+) -> Trainee:
+    """Optimizer and schedule for the model, all prepared by accelerate but the schedule, which it would step per rank."""
+    train = config.train
+    optimizer = build_optimizer(
+        train.optim,
+        parameter_groups(model.named_parameters(), weight_decay=train.weight_decay),
+        learning_rate=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+    )
+    scheduler = build_scheduler(
+        train.lr_scheduler_type, optimizer, warmup_steps=train.warmup_steps, num_training_steps=total_steps
+    )
+    model, prepared = accelerator.prepare(model, optimizer)
+    return Trainee(accelerator, task, model, prepared, scheduler, train.max_grad_norm, config.seed)

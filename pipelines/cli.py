@@ -1,0 +1,171 @@
+"""The command line: argv -> a validated configuration -> a verb. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from heedful import UserError, __version__
+
+app = typer.Typer(
+    help="Fine-tune any pretrained transformer, and prove that the result is right.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+Config = Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/ner.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings: train.learning_rate=3e-5 data.train=my.csv ...")]
+Checkpoint = Annotated[str, typer.Argument(help="A run or its model folder, e.g. runs/ner/model")]
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Options of every verb."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    _debug.append(debug)
+
+
+_debug: list[bool] = []
+
+
+@app.command()
+def finetune(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, through torchrun.")] = 1,
+) -> None:
+    """Fine-tune a model, evaluate it, and say where it is."""
+    from pipelines.config import load
+
+    settings = load(config, overrides or [])
+    if nproc > 1:
+        raise typer.Exit(_launch(nproc))
+    from pipelines import finetune as verb
+    from training.loop import Stopped
+
+    try:
+        verb.finetune(settings)
+    except Stopped as stopped:
+        typer.echo(f"{stopped}; resume=auto goes on", err=True)
+        raise typer.Exit(143) from None
+
+
+@app.command()
+def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> None:
+    """Score a model on its run's data, or on data.test=FILE; metrics as JSON on stdout."""
+    from pipelines import evaluate as verb
+
+    metrics = verb.evaluate(checkpoint, overrides or [])
+    if _is_main():
+        typer.echo(json.dumps(metrics, indent=2))
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    given: Annotated[str, typer.Argument(metavar="INPUT", help="A file with the task's input columns, or a text.")],
+    overrides: Overrides = None,
+) -> None:
+    """Print a model's answers, one JSON object a row."""
+    from pipelines import predict as verb
+
+    outputs = verb.predict(checkpoint, given, overrides or [])
+    if _is_main():
+        for output in outputs:
+            typer.echo(json.dumps(output, ensure_ascii=False))
+
+
+@app.command()
+def config(config: Config, overrides: Overrides = None) -> None:
+    """Print the resolved configuration, every default written out."""
+    from pipelines.config import load
+
+    typer.echo(yaml.safe_dump(load(config, overrides or []).to_dict(), sort_keys=False), nl=False)
+
+
+@app.command()
+def assets(
+    names: Annotated[list[str], typer.Argument(help="Assets, tasks, or configurations whose assets to fetch.")],
+) -> None:
+    """Fetch pinned models and data, and check every file of them."""
+    from pipelines.assets import fetch_named
+
+    fetch_named(names)
+
+
+def main() -> None:
+    """Run the command line; a fault of the user's is one message and an exit code, never a traceback."""
+    # Read when the libraries are imported: cuBLAS is deterministic only with a fixed workspace, and tokenizers'
+    # threads warn about every fork after them.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if any(_debug):
+            raise
+        if _is_main():
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]\n{_escape(error)}", highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escape(error: UserError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _launch(nproc: int) -> int:
+    """Run this same command once a rank, through torchrun's own launcher, and return the ranks' exit code.
+
+    torchrun itself would exit with 1 whatever the ranks exited with, under a page of traceback.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    arguments = [argument for argument in _without_nproc(sys.argv[1:])]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-m", "pipelines.cli", *arguments)
+    except ChildFailedError as error:
+        return max(failure.exitcode for failure in error.failures.values())
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _without_nproc(arguments: list[str]) -> list[str]:
+    kept: list[Any] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--nproc":
+            next(rest)
+        elif not argument.startswith("--nproc="):
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    main()

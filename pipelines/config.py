@@ -1,0 +1,326 @@
+"""The configuration of a run: YAML and dotted overrides in, a frozen and validated ``RunConfig`` out.
+
+It imports no torch. Names follow TrainingArguments and PEFT's LoraConfig wherever those have one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from heedful import UserError
+from tasks import TASKS
+from tasks.options import Options
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is a fault; numbers given where text is wanted are taken as text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+
+class ModelSection(Section):
+    """Which pretrained model, and how much text it sees."""
+
+    name: str
+    """A folder, an asset (``assets/...``) or a Hub id."""
+    revision: str | None = None
+    max_length: int = Field(default=128, ge=8)
+    """Tokens in one window, special tokens included."""
+    init: Literal["pretrained", "new_head"] = "pretrained"
+    """``new_head`` drops a head of another shape and starts a fresh one; ``pretrained`` refuses it."""
+    trust_remote_code: bool = False
+
+
+class DataSection(Section):
+    """Where the rows are. Each split is a file, a folder or ``hub-id:split``."""
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    columns: dict[str, str] = {}
+    """Maps a task's column to the user's, e.g. ``data.columns.text=review``."""
+    max_train_samples: int | None = Field(default=None, ge=1)
+    max_eval_samples: int | None = Field(default=None, ge=1)
+    stride: int = Field(default=32, ge=0)
+    """Tokens that neighbouring windows of a long document share."""
+    delimiter: str | None = None
+    """Between the cells of a csv or tsv file; null is a comma, or a tab."""
+    encoding: str = "utf-8"
+    quotes: bool = True
+    """Whether ``"`` encloses cells."""
+    label_separator: str | None = None
+    """Splits one cell into several labels, e.g. ``|``."""
+    max_leak_fraction: float | None = Field(default=None, ge=0, le=1)
+    """The run stops when more of the validation or test rows than this stand in train too."""
+    max_duplicate_fraction: float | None = Field(default=None, ge=0, le=1)
+    max_conflict_fraction: float | None = Field(default=None, ge=0, le=1)
+    max_lost_fraction: float | None = Field(default=None, ge=0, le=1)
+    """The run stops when more of the tokens, entities or answers than this are cut off."""
+
+
+class TrainSection(Section):
+    """How it is learned."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Examples per optimizer step, over all ranks and micro-batches."""
+    per_device_train_batch_size: int | None = Field(default=None, ge=1)
+    """Largest micro-batch; null lets the lengths decide. It never changes the update."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    """Micro-batches per rank and step; null lets the lengths decide. It never changes the update."""
+    per_device_eval_batch_size: int = Field(default=64, ge=1)
+    num_train_epochs: float = Field(default=3.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Overrides ``num_train_epochs``."""
+    train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
+    learning_rate: float = Field(default=5e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Never applied to biases and norms."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """0 does not clip."""
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    warmup_steps: float = Field(default=0.0, ge=0)
+    """Below 1 a share of all steps, else a number of steps."""
+    bf16: bool | Literal["auto"] = "auto"
+    """bf16 autocast; ``auto`` uses it where the hardware multiplies bf16 natively."""
+    activation_checkpointing: bool = False
+    logging_steps: int = Field(default=25, ge=1)
+    eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    eval_steps: int | None = Field(default=None, ge=1)
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    save_steps: int | None = Field(default=None, ge=1)
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints kept, the newest ones and the best."""
+    metric_for_best_model: str | None = None
+    """null takes the task's headline metric. Greater is better."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Evaluations without a better score before the run stops."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    dataloader_num_workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_imply_their_strategy(cls, values: Any) -> Any:
+        """``train.eval_steps=50`` alone means what it says: evaluate every 50 steps."""
+        if isinstance(values, dict):
+            values = dict(values)
+            for verb in ("eval", "save"):
+                if values.get(f"{verb}_steps") is not None:
+                    values.setdefault(f"{verb}_strategy", "steps")
+                if values.get(f"{verb}_strategy") is False:  # YAML 1.1 reads a bare `no` as false
+                    values[f"{verb}_strategy"] = "no"
+        return values
+
+    @model_validator(mode="after")
+    def _strategies_agree(self) -> TrainSection:
+        for verb in ("eval", "save"):
+            strategy, steps = getattr(self, f"{verb}_strategy"), getattr(self, f"{verb}_steps")
+            if (strategy == "steps") != (steps is not None):
+                raise ValueError(f"{verb}_strategy={strategy} does not go with {verb}_steps={steps}")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience needs an eval_strategy")
+        return self
+
+
+class LoraSection(Section):
+    """LoRA (Hu et al., 2021), on when ``r`` is given. Names as in PEFT's LoraConfig."""
+
+    r: int | None = Field(default=None, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """null is 2 x r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    """null finds the linear layers inside the encoder or decoder blocks."""
+    use_dora: bool = False
+    use_rslora: bool = False
+
+    @model_validator(mode="after")
+    def _settings_need_r(self) -> LoraSection:
+        if self.r is None and self.model_fields_set - {"r"}:
+            raise ValueError(f"lora.r is not set, so {sorted(self.model_fields_set - {'r'})} would have no effect")
+        return self
+
+
+class TrackingSection(Section):
+    """Where the figures go beside history.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "heedful"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off_is_a_word(cls, values: Any) -> Any:
+        """YAML 1.1 reads a bare ``off`` as false."""
+        if isinstance(values, dict) and values.get("wandb") is False:
+            values = {**values, "wandb": "off"}
+        return values
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    task: str
+    output_dir: str
+    resume: str = "none"
+    """auto | none | PATH of a checkpoint."""
+    seed: int = Field(default=42, ge=0)
+    model: ModelSection
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    lora: LoraSection = LoraSection()
+    attention: Literal["full"] = "full"
+    distributed: Literal["ddp"] = "ddp"
+    """How several processes share the work; one process needs none."""
+    tracking: TrackingSection = TrackingSection()
+    options: SerializeAsAny[Options]
+    """The task's own settings; in YAML this section carries the task's name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it would stand in YAML, every default written out."""
+        values = self.model_dump(mode="json")
+        values[self.task] = values.pop("options")
+        return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where PyYAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``a.b=value`` overrides, and validate.
+
+    Raises:
+        UserError: With every fault found, each with its key, its value, what is allowed and the nearest known key.
+    """
+    raw = _read_yaml(Path(path))
+    raw.setdefault("output_dir", f"runs/{Path(path).stem}")
+    return override(raw, overrides, where=str(path))
+
+
+def override(raw: dict[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig:
+    """Apply ``a.b=value`` overrides to plain values, and validate; see ``load``."""
+    for assignment in overrides:
+        _apply(raw, assignment)
+    return validate(raw, where=where)
+
+
+def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
+    """Validate a configuration given as plain values; see ``load``."""
+    raw, task = dict(raw), raw.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        raise UserError(
+            f"task {task!r}",
+            where=f"{where}: task",
+            expected=f"one of: {', '.join(TASKS)}",
+            fix=_nearest(str(task), list(TASKS)),
+        )
+    faults: list[str] = []
+    options: Options | None = None
+    try:
+        options = TASKS[task].options.model_validate(raw.pop(task, None) or {})
+    except ValidationError as error:
+        faults += _faults(error, prefix=f"{task}.", known=list(_keys(TASKS[task].options, f"{task}.")))
+    known = [*_keys(RunConfig), *_keys(TASKS[task].options, f"{task}.")]
+    known.remove("options")
+    try:
+        config = RunConfig.model_validate({**raw, "options": options or TASKS[task].options()})
+        if not faults:
+            return config
+    except ValidationError as error:
+        faults = _faults(error, prefix="", known=known) + faults
+    raise UserError(
+        f"{len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n"
+        + "\n".join(f"    - {f}" for f in faults),
+        where=where,
+        fix="`heedful config FILE` prints every key with its default",
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        here = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(
+            "no such configuration file",
+            where=str(path),
+            expected=f"one of: {', '.join(here)}" if here else "",
+            fix=_nearest(path.stem, here),
+        )
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not readable as YAML: {error}", where=str(path)) from error
+    if not isinstance(raw, dict):
+        raise UserError(f"a {type(raw).__name__}", where=str(path), expected="a mapping of keys to values")
+    return raw
+
+
+def _apply(raw: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {assignment!r}", expected="KEY=VALUE, e.g. train.learning_rate=3e-5")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = raw.get(parent)
+        raw[parent] = dict(child) if isinstance(child, dict) else {}
+        raw = raw[parent]
+    try:
+        raw[last] = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {assignment!r} is not readable as YAML: {error}", where=key) from error
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key below ``model``."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield f"{prefix}{name}"
+            yield from _keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _faults(error: ValidationError, *, prefix: str, known: Sequence[str]) -> list[str]:
+    return [_fault(dict(fault), prefix=prefix, known=known) for fault in error.errors(include_url=False)]
+
+
+def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> str:
+    # pydantic appends the member of a union that it tried ("bool", "literal[...]"): no key of the user's.
+    loc = [str(part) for part in fault["loc"]]
+    key = prefix + ".".join(loc)
+    while key not in known and fault["type"] != "extra_forbidden" and "." in key and key.rsplit(".", 1)[0] in known:
+        key = key.rsplit(".", 1)[0]
+    if fault["type"] == "extra_forbidden":
+        if (head := loc[0]) in TASKS and not prefix:
+            return f"{key}: section `{head}` belongs to another task and would have no effect"
+        return f"{key}: unknown key. {_nearest(key, known)}".rstrip()
+    if fault["type"] == "missing":
+        return f"{key}: required and not given"
+    return f"{key}={fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not near:
+        tail = word.rsplit(".", 1)[-1]
+        near = [key for key in known if key.rsplit(".", 1)[-1] == tail] or difflib.get_close_matches(
+            tail, [key.rsplit(".", 1)[-1] for key in known], n=1, cutoff=0.6
+        )
+    return f"Did you mean {near[0]}?" if near else ""

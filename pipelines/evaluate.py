@@ -1,0 +1,60 @@
+"""``heedful evaluate``: score a model folder on data, with intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from heedful import UserError
+from pipelines.inference import open_model
+from pipelines.preparation import build_console, dialect, encode, fetch_assets
+from pipelines.report import metrics_table
+from pipelines.scoring import evaluate_split
+from sources.readers import read_rows
+from tasks import TASKS
+
+
+def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None = None) -> dict[str, dict[str, Any]]:
+    """Score the model on its run's validation and test data, or on those that the overrides name.
+
+    Args:
+        checkpoint: See ``pipelines.inference.open_model``.
+        overrides: E.g. ``data.test=my.csv``; then only the splits named here are scored.
+
+    Returns:
+        ``{"<split>": {"<metric>": x, "<metric>_ci95": [low, high]}}``
+
+    Raises:
+        UserError: No data to score on, or data that this model can not be scored on.
+    """
+    opened = open_model(checkpoint, overrides)
+    console = build_console(opened.accelerator, console)
+    data, task = opened.config.data, opened.task
+    named = {override.partition("=")[0].removeprefix("data.") for override in overrides} & {"validation", "test"}
+    splits = {n: s for n in ("validation", "test") if (s := getattr(data, n)) is not None and (n in named or not named)}
+    if not splits:
+        raise UserError("no data to score on", where=checkpoint, fix="name it: data.test=FILE")
+    fetch_assets(list(splits.values()), opened.accelerator, console)
+    metrics = {}
+    for name, source in splits.items():
+        rows = read_rows(
+            source,
+            columns=TASKS[task.name].columns,
+            mapping=data.columns,
+            dialect=dialect(data),
+            max_rows=data.max_eval_samples,
+            seed=opened.config.seed,
+        )
+        task.check(rows, where=source)
+        metrics[name] = evaluate_split(
+            task,
+            opened.model,
+            rows,
+            encode(task, rows, training=False),
+            accelerator=opened.accelerator,
+            batch_size=opened.config.train.per_device_eval_batch_size,
+            intervals=True,
+        )
+    console.print(metrics_table(metrics))
+    return metrics

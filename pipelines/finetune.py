@@ -1,0 +1,178 @@
+"""``heedful finetune``: build the parts in the one legal order, train, evaluate, leave a model behind.
+
+seed -> tokenizer -> data (audited) -> model -> LoRA -> optimizer -> accelerator.prepare -> resume -> train
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from heedful import UserError
+from pipelines import building, runs
+from pipelines.config import RunConfig
+from pipelines.preparation import build_accelerator, build_console, encode, fetch_assets, read_splits, split_sources
+from pipelines.report import show_end
+from pipelines.runs import Run
+from pipelines.scoring import evaluate_split
+from sources.audit import audit, check, summary
+from sources.readers import fingerprint
+from tasks import TASKS
+from training import checkpoints
+from training.batches import examples
+from training.checkpoints import Position, write_json
+from training.export import export
+from training.loop import Trainee, train
+from training.tracking import Tracker, truncate_history, wandb_sinks
+
+
+def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
+    """Fine-tune as configured.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: Whatever the user can mend. Until training begins, nothing has been written then.
+    """
+    accelerator = build_accelerator(bf16=config.train.bf16)
+    console = build_console(accelerator, console)
+    be_deterministic(config.seed)
+    sources = split_sources(config.data)
+    assets = fetch_assets([config.model.name, *sources.values()], accelerator, console)
+    rows = read_splits(config, sources)
+    task = building.build_task(config, rows["train"])
+    for name, split in rows.items():
+        task.check(split, where=sources[name])
+    features = {name: encode(task, split, training=name == "train") for name, split in rows.items()}
+    audited = audit(
+        rows,
+        columns=TASKS[config.task].columns,
+        lengths={name: split["length"] for name, split in features.items()},
+        losses={name: task.account(features[name][:], split) for name, split in rows.items()},
+    )
+    console.print(summary(audited))
+    check(audited, building.audit_limits(config))
+    loaded = building.load_base(config, task)
+    model = building.adapt(config, loaded)
+    console.print(building.describe_model(loaded, model), highlight=False, markup=False)
+    batching = building.build_batching(config, accelerator)
+    schedule = building.build_schedule(
+        config, batching.steps_per_epoch(len(features["train"])), validated="validation" in rows
+    )
+    trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
+    data = {name: fingerprint(source) for name, source in sources.items()}
+    run = Run(Path(config.output_dir))
+    position = resume(run, config, trainee, data=data["train"], console=console)
+    if accelerator.is_main_process:
+        run.open_(
+            config, runs.manifest(config, data=data, assets=assets, world_size=accelerator.num_processes), audited
+        )
+    tracker = build_tracker(run, config, trainee, console)
+
+    def score(name: str, *, intervals: bool = False) -> dict[str, Any]:
+        return evaluate_split(
+            task,
+            trainee.bare_model,
+            rows[name],
+            features[name],
+            accelerator=accelerator,
+            batch_size=config.train.per_device_eval_batch_size,
+            intervals=intervals,
+        )
+
+    position = train(
+        trainee,
+        features["train"],
+        batching=batching,
+        schedule=schedule,
+        evaluate=lambda: score("validation"),
+        headline=config.train.metric_for_best_model or task.headline,
+        folder=run.checkpoints,
+        tracker=tracker,
+        position=position,
+    )
+    checkpoints.load_model(run.checkpoints / f"step-{position.best_step or position.step}", trainee.bare_model)
+    metrics = {name: score(name, intervals=True) for name in ("validation", "test") if name in rows}
+    if accelerator.is_main_process:
+        finish(run, config, trainee, features["train"], metrics, console)
+    accelerator.wait_for_everyone()
+    return run.folder
+
+
+def be_deterministic(seed: int) -> None:
+    """Seed everything and use deterministic kernels, so that a run can be repeated to the bit on one machine."""
+    set_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every tensor
+
+
+def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: str, console: Console) -> Position:
+    """Go on from a checkpoint, or from nothing; then a former run of this name is moved aside, not overwritten.
+
+    Raises:
+        UserError: The checkpoint is broken or belongs to other settings or data.
+    """
+    accelerator = trainee.accelerator
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    path = runs.find_checkpoint(run, config, say=say)
+    accelerator.wait_for_everyone()  # every rank has looked before the main one moves anything
+    if path is None:
+        if accelerator.is_main_process and (former := run.set_aside()) is not None:
+            say(f"the former {run.folder} is now {former}")
+        return Position(world_size=accelerator.num_processes, data=data)
+    position = checkpoints.load(
+        path, model=trainee.bare_model, optimizer=trainee.optimizer.optimizer, scheduler=trainee.scheduler
+    )
+    if position.data != data:
+        raise UserError(
+            "the training data changed since this checkpoint", where=str(path), fix="resume=none starts anew"
+        )
+    if position.world_size != accelerator.num_processes:
+        say(
+            f"resuming on {accelerator.num_processes} processes what {position.world_size} began: the same examples in the "
+            "same updates, but other dropout masks"
+        )
+        position.world_size = accelerator.num_processes
+    if accelerator.is_main_process:
+        truncate_history(run.history, after=position.step)
+    say(f"resuming after step {position.step} from {path}")
+    return position
+
+
+def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Console) -> Tracker:
+    """The main process's tracker; the others' record nothing."""
+    main = trainee.accelerator.is_main_process
+    return Tracker(
+        run.history if main else None,
+        console,
+        log_every=config.train.logging_steps,
+        sinks=wandb_sinks(
+            config.tracking.wandb, project=config.tracking.project, folder=run.folder, config=config.to_dict()
+        )
+        if main
+        else (),
+    )
+
+
+def finish(
+    run: Run, config: RunConfig, trainee: Trainee, features: datasets.Dataset, metrics: dict[str, Any], console: Console
+) -> None:
+    """Leave the model, proved to answer as the trained one does, and the metrics."""
+    task = trainee.task
+    probe = task.collate(examples(features, np.arange(min(8, len(features)))))
+    model = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
+    differences = export(model, task, run.folder, probe=probe, base=building.base_of(config))
+    write_json(run.metrics, metrics)
+    for name, difference in differences.items():
+        console.print(f"reloaded {name}/: logits within {difference:.1e} of the trained model's", highlight=False)
+    show_end(console, metrics, folder=str(run.folder), task=task.name)

@@ -1,0 +1,71 @@
+"""A trained model, opened to be used: what ``evaluate`` and ``predict`` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from heedful import UserError
+from pipelines import config as configuration
+from pipelines.config import RunConfig
+from pipelines.preparation import build_accelerator
+from tasks.protocol import Task
+from tasks.saved import load_task, read
+from training.models import load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its task, on the device it will run on."""
+
+    task: Task
+    model: nn.Module
+    accelerator: Accelerator
+    config: RunConfig
+
+
+def open_model(checkpoint: str, overrides: list[str]) -> Opened:
+    """Open a model folder, or the run that it lies in.
+
+    Args:
+        checkpoint: ``runs/ner``, ``runs/ner/model``, or any folder that holds a ``heedful.json``.
+        overrides: ``a.b=value``, on top of the run's own configuration where there is one.
+
+    Raises:
+        UserError: It is no such folder, or a file of it was changed.
+    """
+    folder = model_folder(checkpoint)
+    config = _config_of(folder, overrides)
+    accelerator = build_accelerator(bf16=config.train.bf16)
+    task = load_task(folder, load_tokenizer(str(folder)))
+    model = load_model(task.auto_class, str(folder), **task.model_kwargs()).model
+    return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, config)
+
+
+def model_folder(checkpoint: str) -> Path:
+    """The model folder that the user means."""
+    path = Path(checkpoint)
+    folder = path / "model" if (path / "model").is_dir() else path
+    if folder.is_dir():
+        return folder
+    unfinished = (path / "checkpoints").is_dir()
+    raise UserError(
+        "a run without a model: it did not finish" if unfinished else "no such checkpoint",
+        where=checkpoint,
+        expected="a model folder, such as runs/ner/model",
+        fix="finish it with resume=auto" if unfinished else "`make finetune TASK=...` writes one",
+    )
+
+
+def _config_of(folder: Path, overrides: list[str]) -> RunConfig:
+    """The configuration of the model's run; of a model without a run, the defaults."""
+    stored = folder.parent / "config.yaml"
+    raw: dict[str, Any] = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    raw |= {"task": read(folder)["task"], "output_dir": str(folder.parent)}
+    raw.setdefault("model", {"name": str(folder)})
+    return configuration.override(raw, overrides, where=str(stored if stored.is_file() else folder))

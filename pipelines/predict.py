@@ -1,0 +1,58 @@
+"""``heedful predict``: a model's answers for a file or a text, one JSON object a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from heedful import UserError
+from pipelines.inference import open_model
+from pipelines.preparation import build_console, dialect, encode
+from sources.readers import read_rows, rows_from_text
+from tasks import TASKS
+from tasks.protocol import Output
+from training.evaluation import predict as predict_features
+
+
+def predict(checkpoint: str, given: str, overrides: list[str], *, console: Console | None = None) -> list[Output]:
+    """Predict every row of a file, or one text.
+
+    Args:
+        checkpoint: See ``pipelines.inference.open_model``.
+        given: A file, or the text itself; what looks like a file but is none is refused.
+        overrides: E.g. ``data.columns.text=review``.
+
+    Returns:
+        One answer a row, in order, ready for JSON; on other ranks than the main one too.
+    """
+    opened = open_model(checkpoint, overrides)
+    build_console(opened.accelerator, console)
+    columns, data, task = TASKS[opened.task.name].columns, opened.config.data, opened.task
+    if Path(given).exists():
+        rows = read_rows(given, columns=columns, mapping=data.columns, need_targets=False, dialect=dialect(data))
+    elif looks_like_a_file(given):
+        raise UserError("no such file", where=given, expected="a file, or a text")
+    else:
+        rows = rows_from_text(given, columns)
+    predictions = predict_features(
+        task,
+        opened.model,
+        encode(task, rows, training=False),
+        accelerator=opened.accelerator,
+        batch_size=opened.config.train.per_device_eval_batch_size,
+    )
+    return task.decode(predictions, rows)
+
+
+def looks_like_a_file(text: str) -> bool:
+    """One word that ends in a file's suffix: more likely a mistyped path than a text to predict."""
+    return " " not in text.strip() and Path(text).suffix in {
+        ".csv",
+        ".tsv",
+        ".json",
+        ".jsonl",
+        ".parquet",
+        ".txt",
+        ".conll",
+    }

@@ -1,0 +1,119 @@
+"""What the verbs need before they start: accelerator, assets, rows, tokenizer, features. Settings become values here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import Accelerator, PartialState
+from rich.console import Console
+
+from heedful import UserError
+from pipelines.config import DataSection, RunConfig
+from sources.assets import ensure, record
+from sources.readers import find_splits, read_rows
+from sources.tables import Dialect
+from tasks import TASKS
+from tasks.protocol import Task
+from training.models import supports_bf16
+
+
+def build_accelerator(*, bf16: bool | str) -> Accelerator:
+    """Make the accelerator; its own accumulation stays at 1, since the loop counts for itself.
+
+    Args:
+        bf16: ``auto`` uses bf16 where the hardware multiplies it natively.
+    """
+    on = supports_bf16(PartialState().device) if bf16 == "auto" else bf16
+    return Accelerator(mixed_precision="bf16" if on else "no")
+
+
+def build_console(accelerator: Accelerator, console: Console | None = None) -> Console:
+    """The main process's console; the others' are quiet. What the libraries' loggers say goes there too."""
+    console = console or Console(stderr=True, soft_wrap=True)
+    if not accelerator.is_main_process:
+        console.quiet = True
+    if not (console.is_terminal and accelerator.is_main_process):
+        datasets.disable_progress_bars()
+    logger = logging.getLogger("heedful")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_ConsoleHandler(console)]
+    return console
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, entry: logging.LogRecord) -> None:
+        self._console.print(entry.getMessage(), highlight=False, markup=False)
+
+
+def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console: Console) -> list[dict[str, Any]]:
+    """Make sure that the assets among these paths lie there, whole; return their records."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    with accelerator.main_process_first():
+        folders = ensure([name for name in names if name], root=Path.cwd(), say=say)
+    return [content for folder in folders if (content := record(folder)) is not None]
+
+
+def split_sources(data: DataSection) -> dict[str, str]:
+    """Where each split is. A folder given as train brings its own validation and test.
+
+    Raises:
+        UserError: No training data.
+    """
+    given = {name: source for name in ("train", "validation", "test") if (source := getattr(data, name)) is not None}
+    if "train" in given and Path(given["train"]).is_dir():
+        given = find_splits(given["train"]) | {name: source for name, source in given.items() if name != "train"}
+    return given
+
+
+def read_splits(config: RunConfig, sources: Mapping[str, str]) -> dict[str, datasets.Dataset]:
+    """Read each split's rows as the task wants them."""
+    data = config.data
+    limits = {"train": data.max_train_samples}
+    return {
+        name: read_rows(
+            source,
+            columns=TASKS[config.task].columns,
+            mapping=data.columns,
+            dialect=dialect(data),
+            max_rows=limits.get(name, data.max_eval_samples),
+            seed=config.seed,
+        )
+        for name, source in sources.items()
+    }
+
+
+def dialect(data: DataSection) -> Dialect:
+    """How the text files are written."""
+    return Dialect(data.delimiter, data.encoding, data.quotes, data.label_separator)
+
+
+def encode(task: Task, rows: datasets.Dataset, *, training: bool) -> datasets.Dataset:
+    """Tokenize rows into features, in memory.
+
+    Raises:
+        UserError: Nothing is left to learn from or to score.
+    """
+    features = rows.map(
+        lambda columns: task.encode(columns, training=training),
+        batched=True,
+        remove_columns=rows.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=f"{rows._fingerprint}-{training}",  # hashing the tokenizer would cost more than encoding
+        desc="encoding",
+    )
+    if not len(features):
+        raise UserError("no features: every row is empty after tokenization")
+    return features

@@ -1,0 +1,176 @@
+"""The folder of a run: what lies where, and the manifest that makes the run a fact."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from heedful import UserError, __version__
+from pipelines.config import RunConfig
+from training import checkpoints
+from training.checkpoints import write_json
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "tokenizers", "numpy")
+FREE_TO_CHANGE = (
+    "resume",
+    "output_dir",
+    "tracking",
+    "train.logging_steps",
+    "train.save_total_limit",
+    "train.dataloader_num_workers",
+)
+"""Settings that may differ between a run and its continuation, since no update depends on them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder. Nothing is written before ``open_``."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are: ``step-N`` each."""
+        return self.folder / "checkpoints"
+
+    @property
+    def history(self) -> Path:
+        """One JSON line a logged step."""
+        return self.folder / "history.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The final evaluation."""
+        return self.folder / "metrics.json"
+
+    def open_(self, config: RunConfig, manifest: Mapping[str, Any], audit: Mapping[str, Any]) -> None:
+        """Create the folder and say in it what will run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        write_json(self.folder / "manifest.json", dict(manifest))
+        write_json(self.folder / "audit.json", dict(audit))
+
+    def set_aside(self) -> Path | None:
+        """Move a former run of this name to the next free name; nothing of it is lost."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return None
+        number = 1
+        while (former := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        return self.folder.rename(former)
+
+
+def find_checkpoint(run: Run, config: RunConfig, *, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that ``resume`` asks for; None starts anew.
+
+    Raises:
+        UserError: It is broken, or its run had other settings.
+    """
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        path = checkpoints.newest_whole(run.checkpoints, say=say)
+        if path is None:
+            say(f"resume=auto: no whole checkpoint in {run.checkpoints}, starting anew")
+            return None
+    else:
+        path = Path(config.resume)
+        if not path.is_dir():
+            raise UserError(
+                "no such checkpoint", where=f"resume={path}", expected="auto, none, or a folder checkpoints/step-N"
+            )
+    _refuse_other_settings(path.parent.parent / "config.yaml", config)
+    return path
+
+
+def _refuse_other_settings(stored: Path, config: RunConfig) -> None:
+    """A run that goes on with other settings would be neither of the two."""
+    if not stored.is_file():
+        raise UserError("no config.yaml beside the checkpoints", where=str(stored))
+    before, now = _flat(yaml.safe_load(stored.read_text(encoding="utf-8"))), _flat(config.to_dict())
+    keys = sorted({*before, *now})
+    changed = [
+        k for k in keys if before.get(k) != now.get(k) and not any(f"{k}.".startswith(f"{f}.") for f in FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            "other settings than the run had: " + ", ".join(f"{k}={now.get(k)} (was {before.get(k)})" for k in changed),
+            where=str(stored),
+            expected="the same settings, so that the run is one run",
+            fix="give the former values, or start anew with resume=none",
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def manifest(
+    config: RunConfig, *, data: Mapping[str, str], assets: list[dict[str, Any]], world_size: int
+) -> dict[str, Any]:
+    """Everything that the figures of this run depend on."""
+    return {
+        "heedful": __version__,
+        "task": config.task,
+        "seed": config.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_clean": _git("status", "--porcelain") == "",
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "gpu": _gpu(),
+            "world_size": world_size,
+        },
+        "data": dict(data),
+        "assets": assets,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Of this project's checkout; None where it was installed without one."""
+    home = Path(__file__).parent.parent
+    if shutil.which("git") is None or not (home / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(home), *arguments], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    models = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    return f"{models[0].split(': ')[1]} x {len(models)}" if models else platform.processor()
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,44 @@
+"""Predict and score one split: the same path during training, at its end, and in ``heedful evaluate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from tasks.protocol import Output, Task
+from tasks.uncertainty import bootstrap
+from training.evaluation import predict
+
+
+def evaluate_split(
+    task: Task,
+    model: nn.Module,
+    rows: datasets.Dataset,
+    features: datasets.Dataset,
+    *,
+    accelerator: Accelerator,
+    batch_size: int,
+    intervals: bool = False,
+) -> dict[str, Any]:
+    """The metrics of one split, the same on every rank.
+
+    Args:
+        intervals: Add ``<metric>_ci95`` by the bootstrap over rows.
+    """
+    predictions = predict(task, model, features, accelerator=accelerator, batch_size=batch_size)
+    result: list[dict[str, Any]] = [{}]
+    if accelerator.is_main_process:
+        result = [_score(task, task.decode(predictions, rows), rows, intervals=intervals)]
+    return broadcast_object_list(result)[0]  # type: ignore[no-any-return]
+
+
+def _score(task: Task, outputs: list[Output], rows: datasets.Dataset, *, intervals: bool) -> dict[str, Any]:
+    metrics: dict[str, Any] = task.score(outputs, rows)
+    if intervals:
+        limits = bootstrap(task.resample(outputs, rows), len(rows))
+        metrics = metrics | {name: list(interval) for name, interval in limits.items()}
+    return metrics

@@ -1,0 +1,50 @@
+"""A task beside its model: ``heedful.json`` holds all that scoring and predicting need beyond the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from heedful import UserError, __version__
+from tasks import TASKS
+from tasks.protocol import Task
+
+FILE = "heedful.json"
+
+
+def save_task(task: Task, folder: Path) -> None:
+    """Write the task's name and settings into a model folder."""
+    content = {"heedful": __version__, "task": task.name, "settings": settings(task)}
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def settings(task: Task) -> dict[str, Any]:
+    """The task's fields but the tokenizer, which is saved with the model."""
+    fields = dataclasses.fields(task)  # type: ignore[arg-type] (tasks are dataclasses)
+    return {field.name: getattr(task, field.name) for field in fields if field.name != "tokenizer"}
+
+
+def load_task(folder: Path, tokenizer: Any) -> Task:
+    """Read back what ``save_task`` wrote.
+
+    Raises:
+        UserError: The folder holds a model, but does not say for which task.
+    """
+    content = read(folder)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items()}
+    return TASKS[content["task"]].load()(tokenizer=tokenizer, **values)  # type: ignore[call-arg]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's ``heedful.json``; see ``load_task``."""
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(
+            f"no {FILE}",
+            where=str(folder),
+            expected="a model folder written by heedful, such as runs/ner/model",
+            fix="fine-tune it first: `heedful finetune CONFIG model.name=FOLDER`",
+        )
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]

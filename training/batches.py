@@ -1,0 +1,145 @@
+"""Which examples make the k-th update, and how that update is shared out.
+
+The global batch comes first: its examples are a function of the seed and the epoch alone. Only then is it split over
+ranks, and within a rank into micro-batches of like lengths. So the k-th update sees the same examples on one process
+or on many, whatever the micro-batches. See ADR 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset
+
+from tasks.protocol import Batch
+
+Indices = NDArray[np.int64]
+
+GROUP_SIZE = 50
+"""``group_by_length`` sorts within shuffled groups of this many batches, as transformers' LengthGroupedSampler does."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How features become updates.
+
+    Args:
+        batch_size: Examples per update, over all ranks.
+        seed: With the epoch, decides the order.
+        strategy: ``random``, ``group_by_length`` or ``sequential``.
+        micro_batch_size: Most examples in one forward pass; None leaves it to the lengths.
+        accumulation: Forward passes per rank and update; None leaves it to the lengths.
+        overhead: What one more forward and backward pass costs, in tokens; weighs padding against passes.
+        num_workers: Processes that collate ahead; 0 collates in this one.
+    """
+
+    batch_size: int
+    seed: int
+    strategy: str = "random"
+    micro_batch_size: int | None = None
+    accumulation: int | None = None
+    overhead: float = 128.0
+    num_workers: int = 0
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Updates in one epoch; the last one may be smaller, and is exact all the same."""
+        return ceil(num_examples / self.batch_size)
+
+
+def epoch_batches(lengths: Indices, batching: Batching, *, epoch: int) -> list[Indices]:
+    """The global batches of one epoch: every example exactly once."""
+    rng = np.random.default_rng([batching.seed, epoch])
+    size, num_examples = batching.batch_size, len(lengths)
+    if batching.strategy == "sequential":
+        return _chunks(np.arange(num_examples), size)
+    order = rng.permutation(num_examples)
+    if batching.strategy == "random":
+        return _chunks(order, size)
+    groups = [group[np.argsort(-lengths[group], kind="stable")] for group in _chunks(order, size * GROUP_SIZE)]
+    batches = [batch for group in groups for batch in _chunks(group, size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def rank_share(batch: Indices, lengths: Indices, *, rank: int, world_size: int) -> Indices:
+    """This rank's examples of a global batch, longest first: dealt like cards, so that all ranks have equal work."""
+    by_length = batch[np.argsort(-lengths[batch], kind="stable")]
+    return by_length[rank::world_size]
+
+
+def micro_batches(share: Indices, lengths: Indices, batching: Batching) -> list[Indices]:
+    """Split a rank's share, sorted by length, into runs that are padded alike."""
+    if batching.accumulation is not None:
+        return [part for part in np.array_split(share, batching.accumulation) if len(part)]
+    return _cheapest_split(
+        share, lengths[share], limit=batching.micro_batch_size or len(share), overhead=batching.overhead
+    )
+
+
+def _chunks(order: Indices, size: int) -> list[Indices]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _cheapest_split(share: Indices, lengths: Indices, *, limit: int, overhead: float) -> list[Indices]:
+    """Minimize padded tokens + overhead x passes, by dynamic programming over the sorted share."""
+    cost, start = [0.0], [0]
+    for end in range(1, len(share) + 1):
+        options = [(cost[s] + (end - s) * float(lengths[s]) + overhead, s) for s in range(max(0, end - limit), end)]
+        best = min(options)
+        cost.append(best[0])
+        start.append(best[1])
+    parts, end = [], len(share)
+    while end:
+        parts.append(share[start[end] : end])
+        end = start[end]
+    return parts[::-1]
+
+
+class EpochSteps(Dataset[list[Batch]]):
+    """Item k: the micro-batches of this rank's share of update k. Empty where the batch has fewer examples than ranks.
+
+    Args:
+        features: Encoded rows; indexable by a list of indices into columns (``datasets.Dataset``).
+        collate: The task's.
+        plan: For each update the micro-batches' indices.
+    """
+
+    def __init__(
+        self,
+        features: Any,
+        collate: Callable[[Sequence[Mapping[str, Any]]], Batch],
+        plan: list[list[Indices]],
+    ) -> None:
+        self._features, self._collate, self._plan = features, collate, plan
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [self._collate(examples(self._features, part)) for part in self._plan[step]]
+
+
+def examples(features: Any, indices: Indices) -> list[dict[str, Any]]:
+    """Features as a list of dicts, read from their columns at once."""
+    columns: dict[str, list[Any]] = features[indices.tolist()]
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def epoch_loader(steps: EpochSteps, *, start: int, num_workers: int = 0) -> DataLoader[list[Batch]]:
+    """Updates ``start``, ``start + 1``, ... of an epoch.
+
+    The position is the sampler's range, so resuming needs no skipping; the private generator keeps the loader from
+    drawing on the global one (see ADR 3).
+    """
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start, len(steps)),
+        num_workers=num_workers,
+        generator=Generator(),
+    )

@@ -1,0 +1,212 @@
+"""Checkpoints that are whole or absent: written aside, hashed, synced, renamed; pruned only after the new one is safe.
+
+No pickle anywhere: tensors in safetensors, everything else in JSON. Random state is not stored at all, because every
+step seeds its own (``training.loop.seed_step``). See ADR 5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from heedful import UserError
+
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass
+class Position:
+    """Where a run stands. All of it is saved, and with the tensors it is all that the rest of the run depends on."""
+
+    step: int = 0
+    """Updates done."""
+    best_step: int | None = None
+    best_score: float | None = None
+    stale_evaluations: int = 0
+    """Evaluations since the best one."""
+    world_size: int = 1
+    data: str = ""
+    """Fingerprint of the training features."""
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON; NaN is refused, since no other language could read it."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make ``folder`` appear at once, with its manifest, or not at all.
+
+    Args:
+        folder: Where it shall be; an older one of this name is replaced.
+        fill: Writes the files into the folder that it is given.
+    """
+    aside = folder.parent / f".tmp-{folder.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        fill(aside)
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        write_json(aside / MANIFEST, {str(p.relative_to(aside)): sha256(p) for p in files})
+        for path in (*files, aside / MANIFEST, aside):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        _sync(folder.parent)
+    except BaseException:  # a full disk is a RuntimeError from torch, an OSError from json, another from safetensors
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a folder written by ``write_whole``, or None."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or broken"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != expected:
+            return f"{name} does not match its hash"
+    return None
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints below ``folder``, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_whole(folder: Path, *, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that matches its manifest; those passed over are named with the reason."""
+    for path in reversed(steps(folder)):
+        reason = fault(path)
+        if reason is None:
+            return path
+        say(f"skipping {path.name}: {reason}")
+    return None
+
+
+def save(folder: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, position: Position) -> Path:
+    """Write ``folder/step-N`` whole."""
+    target = folder / f"step-{position.step}"
+
+    def fill(aside: Path) -> None:
+        save_file(model_tensors(model), aside / "model.safetensors")
+        tensors, scalars = _optimizer_state(optimizer, _names(model))
+        save_file(tensors, aside / "optimizer.safetensors")
+        write_json(aside / "optimizer.json", scalars)
+        write_json(aside / "scheduler.json", scheduler.state_dict())
+        write_json(aside / "position.json", vars(position))
+
+    write_whole(target, fill)
+    return target
+
+
+def prune(folder: Path, *, keep: int, best_step: int | None) -> None:
+    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    for path in steps(folder)[:-keep]:
+        if path.name != f"step-{best_step}":
+            shutil.rmtree(path)
+
+
+def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Position:
+    """Put a checkpoint back, to the bit.
+
+    Raises:
+        UserError: It does not match its manifest, or belongs to another model.
+    """
+    if reason := fault(path):
+        raise UserError(f"broken checkpoint: {reason}", where=str(path), fix="resume=auto takes the newest whole one")
+    load_model(path, model)
+    _load_optimizer(optimizer, path, _names(model))
+    scheduler.load_state_dict(json.loads((path / "scheduler.json").read_text()))
+    return read_position(path)
+
+
+def read_position(path: Path) -> Position:
+    """Where the run stood when it wrote this checkpoint."""
+    return Position(**json.loads((path / "position.json").read_text()))
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Put back the trained weights alone.
+
+    Raises:
+        UserError: Other names or shapes than the model's.
+    """
+    stored, own = load_file(path / "model.safetensors"), model_tensors(model)
+    if {n: t.shape for n, t in stored.items()} != {n: t.shape for n, t in own.items()}:
+        names = sorted(stored.keys() ^ own.keys())[:3] or ["same names, other shapes"]
+        raise UserError(
+            f"checkpoint of another model ({', '.join(names)})", where=str(path), fix="resume=none starts anew"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training may have changed: trained parameters and persistent buffers. Frozen weights come from the base."""
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return trained | {n: t for n, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split into tensors, keyed ``parameter|key``, and the rest."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{names[parameter]}|{key}"] = value
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return tensors, {"state": scalars, "param_groups": groups}
+
+
+def _load_optimizer(optimizer: Optimizer, path: Path, names: dict[Tensor, str]) -> None:
+    scalars = json.loads((path / "optimizer.json").read_text())
+    state: dict[str, dict[str, Any]] = {}
+    for joined, value in (load_file(path / "optimizer.safetensors") | scalars["state"]).items():
+        name, key = joined.split("|")
+        state.setdefault(name, {})[key] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(
+        {
+            "state": {i: state[names[p]] for i, p in enumerate(parameters) if names[p] in state},
+            "param_groups": [
+                {**saved, "params": own["params"]} for own, saved in zip(groups, scalars["param_groups"], strict=True)
+            ],
+        }
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

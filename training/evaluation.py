@@ -1,0 +1,60 @@
+"""Evaluation: every feature predicted once, on whichever rank; the answers gathered and joined by row.
+
+Nothing is padded to make ranks even and nothing is dropped: the ranks' predictions carry their feature's number, and
+the whole is checked to be complete before it is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from torch import nn
+
+from tasks.protocol import Prediction, Task
+from training.batches import Indices, examples
+
+
+def predict(
+    task: Task,
+    model: nn.Module,
+    features: Any,
+    *,
+    accelerator: Accelerator,
+    batch_size: int,
+    tick: Callable[[int], None] = lambda done: None,
+) -> list[Prediction]:
+    """Predict every feature; on every rank the whole list, in the order of the features.
+
+    Args:
+        batch_size: Features in one forward pass.
+        tick: Called with the number of this rank's features done, to show progress.
+    """
+    lengths = np.asarray(features["length"])
+    order = np.argsort(-lengths, kind="stable")  # batches of like length: little padding, and the largest comes first
+    own = order[accelerator.process_index :: accelerator.num_processes]
+    was_training = model.training
+    model.eval()
+    answers: list[tuple[int, Prediction]] = []
+    for start in range(0, len(own), batch_size):
+        indices = own[start : start + batch_size]
+        answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
+        tick(len(answers))
+    model.train(was_training)
+    gathered = dict(gather_object(answers)) if accelerator.num_processes > 1 else dict(answers)
+    if sorted(gathered) != list(range(len(lengths))):
+        raise RuntimeError(f"evaluation covered {len(gathered)} of {len(lengths)} features")
+    return [gathered[number] for number in range(len(lengths))]
+
+
+@torch.inference_mode()
+def _forward(
+    task: Task, model: nn.Module, features: Any, indices: Indices, accelerator: Accelerator
+) -> list[Prediction]:
+    batch = send_to_device(task.collate(examples(features, indices)), accelerator.device)
+    columns = {name: tensor.cpu().numpy() for name, tensor in task.predict(model, batch).items()}
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]

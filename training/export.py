@@ -1,0 +1,73 @@
+"""What a run leaves behind: ``model/``, a plain Hugging Face folder, proved to answer as the trained model does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from heedful import UserError
+from tasks.batching import model_inputs
+from tasks.protocol import Batch, Task
+from tasks.saved import save_task
+from training.checkpoints import write_whole
+from training.models import load_model
+
+MERGE_TOLERANCE = 1e-3
+"""Largest relative change of the logits that merging may cause in fp32 (rounding of W + BA; about 1e-6 is usual)."""
+
+
+def export(model: nn.Module, task: Task, folder: Path, *, probe: Batch, base: dict[str, Any]) -> dict[str, float]:
+    """Write ``folder/model`` (and ``folder/adapter`` with LoRA), reload both, and compare their answers.
+
+    Args:
+        model: The trained model without wrappers; a PeftModel is merged in place.
+        probe: A batch to compare answers on.
+        base: Arguments of ``load_model`` that gave the model its start, to load the adapter on.
+
+    Returns:
+        For each folder the largest difference of the logits, relative to their largest size.
+
+    Raises:
+        UserError: A reloaded model answers differently.
+    """
+    trained = _answers(model, probe)
+    differences: dict[str, float] = {}
+    if isinstance(model, PeftModel):
+        write_whole(folder / "adapter", lambda aside: model.save_pretrained(aside))
+        fresh = load_model(task.auto_class, **base, **task.model_kwargs()).model
+        again = PeftModel.from_pretrained(fresh, folder / "adapter").to(model.device)
+        differences["adapter"] = _difference(trained, _answers(again, probe))
+        model = model.merge_and_unload()
+    write_whole(folder / "model", lambda aside: _write_model(model, task, aside))
+    reloaded = load_model(task.auto_class, str(folder / "model")).model.to(next(model.parameters()).device)
+    differences["model"] = _difference(trained, _answers(reloaded, probe))
+    if wrong := {name: d for name, d in differences.items() if d > MERGE_TOLERANCE}:
+        shutil.rmtree(folder / "model")
+        raise UserError(
+            f"the reloaded model answers differently: {wrong}", where=str(folder), expected=f"at most {MERGE_TOLERANCE}"
+        )
+    return differences
+
+
+def _write_model(model: Any, task: Task, folder: Path) -> None:
+    model.save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
+    save_task(task, folder)
+
+
+@torch.inference_mode()
+def _answers(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Every floating output of the model in eval mode: logits, or start and end logits."""
+    model.eval()
+    device = next(model.parameters()).device
+    outputs = model(**{name: tensor.to(device) for name, tensor in model_inputs(batch).items()})
+    return [value.float() for value in outputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _difference(one: list[Tensor], other: list[Tensor]) -> float:
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(one, other, strict=True))

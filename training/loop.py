@@ -1,0 +1,289 @@
+"""The only training loop.
+
+One update: the global batch's targets are counted over all ranks and micro-batches, every micro-batch's summed loss is
+divided by that one count, and the gradients add up. ``accelerator.backward`` divides by accelerate's own accumulation
+setting, which therefore stays at 1; DDP averages over ranks, so the loss is multiplied by their number. See ADR 3.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import inf, isfinite
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from heedful import NonFiniteLossError, UserError
+from tasks.protocol import Batch, Task
+from training import checkpoints
+from training.batches import (
+    Batching,
+    EpochSteps,
+    epoch_batches,
+    epoch_loader,
+    examples,
+    micro_batches,
+    rank_share,
+)
+from training.checkpoints import Position
+from training.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens when, in updates.
+
+    Args:
+        total_steps: Updates in the whole run.
+        eval_every: Updates between evaluations; None never evaluates.
+        save_every: Updates between checkpoints; None saves a new best and the end only.
+        keep: Checkpoints kept, beside the best one.
+        patience: Evaluations without a better score before stopping; None never stops early.
+        threshold: By how much a better score must be better.
+    """
+
+    total_steps: int
+    eval_every: int | None
+    save_every: int | None
+    keep: int
+    patience: int | None = None
+    threshold: float = 0.0
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether something done every so many updates is due after this one, as it always is after the last."""
+        return every is not None and (step % every == 0 or step == self.total_steps)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did, over all ranks.
+
+    Args:
+        loss: Mean over the update's targets.
+        grad_norm: L2 norm of the whole gradient before clipping.
+        learning_rate: The one that it was made with.
+        tokens: Tokens seen, padding left out.
+        stop: Whether some rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    stop: bool
+
+
+class Stopped(Exception):  # noqa: N818 (a request that was honored, not an error)
+    """SIGTERM came and the checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What an update needs and changes; model and optimizer as ``accelerator.prepare`` returned them."""
+
+    accelerator: Accelerator
+    task: Task
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    max_grad_norm: float
+    seed: int
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrapper of data parallelism."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
+
+
+def train(
+    trainee: Trainee,
+    features: Any,
+    *,
+    batching: Batching,
+    schedule: Schedule,
+    evaluate: Callable[[], dict[str, float]],
+    headline: str,
+    folder: Path,
+    tracker: Tracker,
+    position: Position,
+) -> Position:
+    """Run the updates that ``position`` leaves to be done; evaluate, log and save as scheduled.
+
+    Args:
+        features: The encoded training rows (``datasets.Dataset`` with a column ``length``).
+        evaluate: Scores the validation rows; the same result on every rank.
+        headline: The metric that picks the best checkpoint; greater is better.
+        folder: Where the checkpoints go.
+
+    Raises:
+        NonFiniteLossError: Loss or gradient became NaN or infinite; the weights are as before that update.
+        Stopped: SIGTERM came; the run is saved.
+    """
+    with _sigterm() as stop_asked, tracker.live(schedule.total_steps, done=position.step):
+        for epoch, micro in _updates(trainee, features, batching, start=position.step, stop=schedule.total_steps):
+            update = run_update(trainee, micro, features, step=position.step, stop=stop_asked())
+            position.step += 1
+            tracker.update(position.step, epoch, update)
+            better = False
+            if schedule.due(schedule.eval_every, position.step):
+                metrics = evaluate()
+                better = _note_score(position, metrics[headline], threshold=schedule.threshold)
+                tracker.evaluation(position.step, epoch, metrics, best=better)
+            exhausted = schedule.patience is not None and position.stale_evaluations >= schedule.patience
+            last = position.step == schedule.total_steps or exhausted
+            if better or last or update.stop or schedule.due(schedule.save_every, position.step):
+                _save(trainee, folder, position, keep=schedule.keep)
+            if update.stop and not last:
+                raise Stopped(f"stopped by SIGTERM after saving step {position.step}")
+            if exhausted:
+                tracker.say(f"stopped early: {schedule.patience} evaluations without a better {headline}")
+                break
+    return position
+
+
+def run_update(trainee: Trainee, micro: list[Batch], features: Any, *, step: int, stop: bool = False) -> Update:
+    """Make update number ``step`` from this rank's micro-batches of the global batch.
+
+    Args:
+        micro: Empty where the global batch has fewer examples than there are ranks. Such a rank runs one example at
+            weight zero, since data parallelism needs every rank's backward pass.
+
+    Raises:
+        NonFiniteLossError: Before the optimizer could spread a NaN.
+    """
+    accelerator, task, model = trainee.accelerator, trainee.task, trainee.model
+    weight = 1.0 if micro else 0.0
+    micro = micro or [task.collate(examples(features, np.zeros(1, np.int64)))]
+    seed_step(trainee.seed, step, accelerator.process_index)
+    model.train()
+    micro = [send_to_device(batch, accelerator.device) for batch in micro]
+    count, tokens = _sum_over_ranks(
+        accelerator,
+        weight * sum(task.count(batch).double() for batch in micro),
+        weight * sum(batch["attention_mask"].sum() for batch in micro),
+    )
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(micro, start=1):
+        with nullcontext() if number == len(micro) else accelerator.no_sync(model):
+            loss = weight * task.loss(model, batch)
+            accelerator.backward(loss * (accelerator.num_processes / max(count, 1e-12)))
+        loss_sum += loss.detach()
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), trainee.max_grad_norm or inf))
+    loss_mean, stops = _sum_over_ranks(accelerator, loss_sum / max(count, 1e-12), float(stop))
+    if not (isfinite(loss_mean) and isfinite(grad_norm)):
+        raise _non_finite(micro, step=step, loss=loss_mean, grad_norm=grad_norm)
+    learning_rate = trainee.scheduler.get_last_lr()[0]
+    trainee.optimizer.step()
+    trainee.scheduler.step()
+    trainee.optimizer.zero_grad()
+    return Update(loss_mean, grad_norm, learning_rate, round(tokens), stop=stops > 0)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one update on one rank.
+
+    Dropout is thereby a function of (seed, step, rank): nothing that happens between two updates, such as an
+    evaluation or a restart, can shift it, and no random state has to be saved. See ADR 5.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def _updates(
+    trainee: Trainee, features: Any, batching: Batching, *, start: int, stop: int
+) -> Iterator[tuple[float, list[Batch]]]:
+    """This rank's micro-batches of updates ``start`` to ``stop``, each with the epochs done after it."""
+    rank, world_size = trainee.accelerator.process_index, trainee.accelerator.num_processes
+    lengths = np.asarray(features["length"])
+    per_epoch = batching.steps_per_epoch(len(lengths))
+    step = start
+    while step < stop:
+        epoch, first = divmod(step, per_epoch)
+        shares = (
+            rank_share(batch, lengths, rank=rank, world_size=world_size)
+            for batch in epoch_batches(lengths, batching, epoch=epoch)
+        )
+        plan = [micro_batches(share, lengths, batching) for share in shares][: first + stop - step]
+        for micro in epoch_loader(
+            EpochSteps(features, trainee.task.collate, plan), start=first, num_workers=batching.num_workers
+        ):
+            step += 1
+            yield step / per_epoch, micro
+
+
+def _sum_over_ranks(accelerator: Accelerator, *values: Any) -> list[float]:
+    own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=accelerator.device) for v in values])
+    return accelerator.reduce(own, "sum").tolist()  # type: ignore[no-any-return]
+
+
+def _note_score(position: Position, score: float, *, threshold: float) -> bool:
+    """Record an evaluation; say whether it is the best so far."""
+    better = position.best_score is None or score > position.best_score + threshold
+    if better:
+        position.best_score, position.best_step, position.stale_evaluations = score, position.step, 0
+    else:
+        position.stale_evaluations += 1
+    return better
+
+
+def _save(trainee: Trainee, folder: Path, position: Position, *, keep: int) -> None:
+    """Save on the main process; every rank learns of a failure, so that none waits for ever."""
+    accelerator, failure = trainee.accelerator, None
+    if accelerator.is_main_process:
+        try:
+            checkpoints.save(
+                folder,
+                model=trainee.bare_model,
+                optimizer=trainee.optimizer.optimizer,  # type: ignore[attr-defined]
+                scheduler=trainee.scheduler,
+                position=position,
+            )
+            checkpoints.prune(folder, keep=keep, best_step=position.best_step)
+        except Exception as error:  # noqa: BLE001 (re-raised below, after the other ranks were told)
+            failure = error
+    (failures,) = _sum_over_ranks(accelerator, float(failure is not None))
+    if failures:
+        raise UserError(
+            f"step {position.step} could not be saved: {failure or 'see the main process'}",
+            where=str(folder),
+            fix="make room on the disk, then go on with resume=auto: the checkpoints before it are whole",
+        ) from failure
+
+
+def _non_finite(micro: list[Batch], *, step: int, loss: float, grad_norm: float) -> NonFiniteLossError:
+    rows = torch.cat([batch["row"] for batch in micro]).tolist()
+    return NonFiniteLossError(
+        f"loss {loss}, gradient norm {grad_norm}",
+        where=f"step {step + 1}, training rows {rows[:8]}{'...' if len(rows) > 8 else ''}",
+        expected="finite numbers; the weights were left as they were before this step",
+        fix="look at these rows; try a smaller train.learning_rate or train.bf16=false; resume=auto goes on",
+    )
+
+
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM only sets a flag, which the loop shares between ranks at the next update."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event.is_set
+        return
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        event.set()
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield event.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,84 @@
+"""LoRA (Hu et al., 2021) with nothing left untrained or unsaved.
+
+PEFT trains and saves a new head only under the names ``classifier``, ``score`` and ``qa_outputs``; heads and poolers
+of other names (BART, DeBERTa's pooler) stay random after a reload. Here the list comes from the checkpoint itself:
+whatever it did not hold is trained in full and saved with the adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from heedful import UserError
+
+
+def add_lora(
+    model: PreTrainedModel,
+    new: Sequence[str],
+    *,
+    r: int,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+) -> PeftModel:
+    """Wrap ``model`` so that the adapter and every parameter in ``new`` are trained, and nothing else.
+
+    Args:
+        new: Parameters that the checkpoint did not hold.
+        lora_alpha: None is 2 r.
+        target_modules: Names as PEFT takes them; None adapts all linear layers inside the blocks.
+
+    Raises:
+        UserError: The model has no such module.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha or 2 * r,
+        lora_dropout=lora_dropout,
+        target_modules=list(target_modules) if target_modules else block_linears(model),
+        modules_to_save=owners(new),
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+    )
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            str(error).splitlines()[0], where="lora.target_modules", fix="leave it out to adapt all blocks"
+        ) from error
+    trained = {_plain(name) for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
+    if missed := set(new) - trained:
+        raise RuntimeError(f"new parameters that LoRA would leave random: {sorted(missed)}")
+    return wrapped
+
+
+def block_linears(model: nn.Module) -> str:
+    """A pattern for the linear layers inside the numbered blocks of the model, as PEFT's ``target_modules`` takes it.
+
+    Heads and poolers stand outside the blocks, whatever they are called.
+    """
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and re.search(r"\.\d+\.", n)]
+    names = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    if not names:
+        raise UserError(
+            "no linear layers inside numbered blocks", where="lora", fix="name them: lora.target_modules=[...]"
+        )
+    return rf".*\.\d+\..*?({'|'.join(map(re.escape, names))})"
+
+
+def owners(parameters: Sequence[str]) -> list[str]:
+    """The modules that hold these parameters."""
+    return sorted({name.rpartition(".")[0] for name in parameters})
+
+
+def _plain(name: str) -> str:
+    """A PEFT parameter's name in the model it wraps."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
