@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from sources.audit import Limits
 from torch import nn
 
 from heedful import UserError
 from pipelines.config import RunConfig
-from sources.audit import Limits
 from tasks import TASKS
 from tasks.protocol import Task
 from training.batches import Batching
@@ -71,8 +71,8 @@ def adapt(config: RunConfig, loaded: Loaded) -> nn.Module:
     if config.train.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     if config.lora.r is None:
-        return loaded.model
-    return add_lora(loaded.model, loaded.new, **config.lora.model_dump())
+        return cast(nn.Module, loaded.model)
+    return cast(nn.Module, add_lora(loaded.model, loaded.new, **config.lora.model_dump()))
 
 
 def describe_model(loaded: Loaded, model: nn.Module) -> str:
@@ -113,12 +113,13 @@ def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
     )
 
 
-def build_schedule(config: RunConfig, steps_per_epoch: int, *, validated: bool) -> Schedule:
+def build_schedule(config: RunConfig, task: Task, steps_per_epoch: int, *, validated: bool) -> Schedule:
     """What happens when; without validation rows nothing is evaluated and the last model is the result."""
     train = config.train
     every = {"epoch": steps_per_epoch, "no": None}
     return Schedule(
         total_steps=train.max_steps or ceil(train.num_train_epochs * steps_per_epoch),
+        headline=train.metric_for_best_model or task.headline,
         eval_every=every.get(train.eval_strategy, train.eval_steps) if validated else None,
         save_every=every.get(train.save_strategy, train.save_steps),
         keep=train.save_total_limit,
@@ -130,7 +131,7 @@ def build_schedule(config: RunConfig, steps_per_epoch: int, *, validated: bool) 
 def build_trainee(
     config: RunConfig, task: Task, model: nn.Module, accelerator: Accelerator, *, total_steps: int
 ) -> Trainee:
-    """Optimizer and schedule for the model, all prepared by accelerate but the schedule, which it would step per rank."""
+    """Optimizer and schedule; accelerate prepares all but the schedule, which it would step once a rank."""
     train = config.train
     optimizer = build_optimizer(
         train.optim,

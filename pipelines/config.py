@@ -263,7 +263,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             fix=_nearest(path.stem, here),
         )
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"not readable as YAML: {error}", where=str(path)) from error
     if not isinstance(raw, dict):
@@ -281,7 +281,7 @@ def _apply(raw: dict[str, Any], assignment: str) -> None:
         raw[parent] = dict(child) if isinstance(child, dict) else {}
         raw = raw[parent]
     try:
-        raw[last] = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        raw[last] = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {assignment!r} is not readable as YAML: {error}", where=key) from error
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from rich.console import Console
+from sources.audit import audit, check, summary
 
 from heedful import UserError
 from pipelines import building, runs
@@ -21,7 +22,6 @@ from pipelines.preparation import build_accelerator, build_console, encode, fetc
 from pipelines.report import show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
-from sources.audit import audit, check, summary
 from sources.readers import fingerprint
 from tasks import TASKS
 from training import checkpoints
@@ -64,7 +64,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     console.print(building.describe_model(loaded, model), highlight=False, markup=False)
     batching = building.build_batching(config, accelerator)
     schedule = building.build_schedule(
-        config, batching.steps_per_epoch(len(features["train"])), validated="validation" in rows
+        config, task, batching.steps_per_epoch(len(features["train"])), validated="validation" in rows
     )
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     data = {name: fingerprint(source) for name, source in sources.items()}
@@ -93,7 +93,6 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
         batching=batching,
         schedule=schedule,
         evaluate=lambda: score("validation"),
-        headline=config.train.metric_for_best_model or task.headline,
         folder=run.checkpoints,
         tracker=tracker,
         position=position,
@@ -139,8 +138,8 @@ def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: str, console:
         )
     if position.world_size != accelerator.num_processes:
         say(
-            f"resuming on {accelerator.num_processes} processes what {position.world_size} began: the same examples in the "
-            "same updates, but other dropout masks"
+            f"resuming on {accelerator.num_processes} processes what {position.world_size} began: the same examples "
+            "in the same updates, but other dropout masks"
         )
         position.world_size = accelerator.num_processes
     if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""What the verbs need before they start: accelerator, assets, rows, tokenizer, features. Settings become values here."""
+"""What the verbs need before they start: accelerator, assets, rows, features. Settings become values here."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from sources.tables import Dialect
 from tasks import TASKS
 from tasks.protocol import Task
 from training.models import supports_bf16
+
+ENCODE_BATCH = 1000
 
 
 def build_accelerator(*, bf16: bool | str) -> Accelerator:
@@ -102,18 +104,16 @@ def dialect(data: DataSection) -> Dialect:
 def encode(task: Task, rows: datasets.Dataset, *, training: bool) -> datasets.Dataset:
     """Tokenize rows into features, in memory.
 
+    Not by ``Dataset.map``: it casts a feature to the type of the row's column of the same name, label ids to strings.
+
     Raises:
         UserError: Nothing is left to learn from or to score.
     """
-    features = rows.map(
-        lambda columns: task.encode(columns, training=training),
-        batched=True,
-        remove_columns=rows.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint=f"{rows._fingerprint}-{training}",  # hashing the tokenizer would cost more than encoding
-        desc="encoding",
-    )
+    parts = [
+        datasets.Dataset.from_dict(task.encode(rows[start : start + ENCODE_BATCH], training=training))
+        for start in range(0, len(rows), ENCODE_BATCH)
+    ]
+    features = datasets.concatenate_datasets([part for part in parts if len(part)] or parts[:1])
     if not len(features):
         raise UserError("no features: every row is empty after tokenization")
     return features

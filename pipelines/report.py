@@ -26,7 +26,7 @@ def metrics_table(metrics: Metrics) -> Table:
 def show_end(console: Console, metrics: Metrics, *, folder: str, task: str) -> None:
     """The end of a run: the figures, where everything is, and what to do next."""
     console.print(metrics_table(metrics))
-    example = {"qa": "questions.jsonl"}.get(task, "'Alice flew from Paris to New York.'")
+    example = {"qa": "questions.jsonl"}.get(task, "Alice flew from Paris to New York.")
     console.print(
         f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={folder}/model"
         f'\n        make predict CHECKPOINT={folder}/model INPUT="{example}"',

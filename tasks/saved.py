@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from heedful import UserError, __version__
 from tasks import TASKS
@@ -22,7 +22,7 @@ def save_task(task: Task, folder: Path) -> None:
 
 def settings(task: Task) -> dict[str, Any]:
     """The task's fields but the tokenizer, which is saved with the model."""
-    fields = dataclasses.fields(task)  # type: ignore[arg-type] (tasks are dataclasses)
+    fields = dataclasses.fields(cast(Any, task))  # every task is a dataclass
     return {field.name: getattr(task, field.name) for field in fields if field.name != "tokenizer"}
 
 

@@ -42,7 +42,7 @@ def export(model: nn.Module, task: Task, folder: Path, *, probe: Batch, base: di
         fresh = load_model(task.auto_class, **base, **task.model_kwargs()).model
         again = PeftModel.from_pretrained(fresh, folder / "adapter").to(model.device)
         differences["adapter"] = _difference(trained, _answers(again, probe))
-        model = model.merge_and_unload()
+        model = model.merge_and_unload()  # type: ignore[operator]
     write_whole(folder / "model", lambda aside: _write_model(model, task, aside))
     reloaded = load_model(task.auto_class, str(folder / "model")).model.to(next(model.parameters()).device)
     differences["model"] = _difference(trained, _answers(reloaded, probe))

@@ -47,6 +47,7 @@ class Schedule:
 
     Args:
         total_steps: Updates in the whole run.
+        headline: The metric that picks the best checkpoint; greater is better.
         eval_every: Updates between evaluations; None never evaluates.
         save_every: Updates between checkpoints; None saves a new best and the end only.
         keep: Checkpoints kept, beside the best one.
@@ -55,6 +56,7 @@ class Schedule:
     """
 
     total_steps: int
+    headline: str
     eval_every: int | None
     save_every: int | None
     keep: int
@@ -85,7 +87,7 @@ class Update:
     stop: bool
 
 
-class Stopped(Exception):  # noqa: N818 (a request that was honored, not an error)
+class Stopped(Exception):
     """SIGTERM came and the checkpoint is written."""
 
 
@@ -114,7 +116,6 @@ def train(
     batching: Batching,
     schedule: Schedule,
     evaluate: Callable[[], dict[str, float]],
-    headline: str,
     folder: Path,
     tracker: Tracker,
     position: Position,
@@ -124,7 +125,6 @@ def train(
     Args:
         features: The encoded training rows (``datasets.Dataset`` with a column ``length``).
         evaluate: Scores the validation rows; the same result on every rank.
-        headline: The metric that picks the best checkpoint; greater is better.
         folder: Where the checkpoints go.
 
     Raises:
@@ -139,7 +139,7 @@ def train(
             better = False
             if schedule.due(schedule.eval_every, position.step):
                 metrics = evaluate()
-                better = _note_score(position, metrics[headline], threshold=schedule.threshold)
+                better = _note_score(position, metrics[schedule.headline], threshold=schedule.threshold)
                 tracker.evaluation(position.step, epoch, metrics, best=better)
             exhausted = schedule.patience is not None and position.stale_evaluations >= schedule.patience
             last = position.step == schedule.total_steps or exhausted
@@ -148,7 +148,7 @@ def train(
             if update.stop and not last:
                 raise Stopped(f"stopped by SIGTERM after saving step {position.step}")
             if exhausted:
-                tracker.say(f"stopped early: {schedule.patience} evaluations without a better {headline}")
+                tracker.say(f"stopped early: {schedule.patience} evaluations without a better {schedule.headline}")
                 break
     return position
 
@@ -184,7 +184,7 @@ def run_update(trainee: Trainee, micro: list[Batch], features: Any, *, step: int
     loss_mean, stops = _sum_over_ranks(accelerator, loss_sum / max(count, 1e-12), float(stop))
     if not (isfinite(loss_mean) and isfinite(grad_norm)):
         raise _non_finite(micro, step=step, loss=loss_mean, grad_norm=grad_norm)
-    learning_rate = trainee.scheduler.get_last_lr()[0]
+    learning_rate = float(trainee.scheduler.get_last_lr()[0])
     trainee.optimizer.step()
     trainee.scheduler.step()
     trainee.optimizer.zero_grad()
@@ -250,7 +250,7 @@ def _save(trainee: Trainee, folder: Path, position: Position, *, keep: int) -> N
                 position=position,
             )
             checkpoints.prune(folder, keep=keep, best_step=position.best_step)
-        except Exception as error:  # noqa: BLE001 (re-raised below, after the other ranks were told)
+        except Exception as error:  # re-raised below, after the other ranks were told
             failure = error
     (failures,) = _sum_over_ranks(accelerator, float(failure is not None))
     if failures:

@@ -155,7 +155,7 @@ def max_positions(model: nn.Module) -> int | None:
 def supports_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 natively; elsewhere bf16 on a CPU is emulated and several times slower."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
@@ -202,7 +202,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-class _quiet:  # noqa: N801 (reads as a statement)
+class _quiet:
     """Hush transformers' load report: what it says of missing and unused weights is in ``Loaded``."""
 
     def __enter__(self) -> None:

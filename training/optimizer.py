@@ -41,7 +41,7 @@ def build_optimizer(
             fused = name.endswith("fused")
             return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
         case "adafactor":
-            return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+            return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)  # type: ignore[no-any-return]
         case "sgd":
             return torch.optim.SGD(groups, lr=learning_rate)
     raise ValueError(name)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -82,7 +82,8 @@ class Tracker:
                     "tokens_per_second": round(self._speed, 1),
                 },
             )
-        line = f"step {step}/{self._total}  loss {update.loss:.4f}  lr {update.learning_rate:.2e}  {self._speed:,.0f} tokens/s"
+        figures = f"loss {update.loss:.4f}  lr {update.learning_rate:.2e}  {self._speed:,.0f} tokens/s"
+        line = f"step {step}/{self._total}  {figures}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, description=line)
         elif due:
@@ -123,7 +124,9 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def wandb_sinks(mode: str, *, project: str, folder: Path, config: dict[str, Any]) -> tuple[Sink, ...]:
+def wandb_sinks(
+    mode: Literal["off", "offline", "online"], *, project: str, folder: Path, config: dict[str, Any]
+) -> tuple[Sink, ...]:
     """A Weights & Biases run, if one is asked for.
 
     Args:
