@@ -147,8 +147,10 @@ class LoraSection(Section):
 
     @model_validator(mode="after")
     def _settings_need_r(self) -> LoraSection:
-        if self.r is None and self.model_fields_set - {"r"}:
-            raise ValueError(f"lora.r is not set, so {sorted(self.model_fields_set - {'r'})} would have no effect")
+        # By value, not by model_fields_set: a resolved configuration writes every default out.
+        changed = sorted(n for n, field in type(self).model_fields.items() if getattr(self, n) != field.default)
+        if self.r is None and changed:
+            raise ValueError(f"lora.r is not set, so {changed} would have no effect")
         return self
 
 
@@ -231,7 +233,8 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
             expected=f"one of: {', '.join(TASKS)}",
             fix=_nearest(str(task), list(TASKS)),
         )
-    faults: list[str] = []
+    # The field that carries the task's section is no key of the user's, and must not be overwritten without a word.
+    faults = [f"options: unknown key. The task's own settings stand under `{task}`"] if "options" in raw else []
     options: Options | None = None
     try:
         options = TASKS[task].options.model_validate(raw.pop(task, None) or {})
@@ -298,10 +301,15 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _faults(error: ValidationError, *, prefix: str, known: Sequence[str]) -> list[str]:
-    return [_fault(dict(fault), prefix=prefix, known=known) for fault in error.errors(include_url=False)]
+    faults: dict[str, list[str]] = {}
+    for fault in error.errors(include_url=False):
+        found, reason = _fault(dict(fault), prefix=prefix, known=known)
+        faults.setdefault(found, []).append(reason)  # one reason for each member of a union
+    return [f"{found}: {', or: '.join(reasons)}" for found, reasons in faults.items()]
 
 
-def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> str:
+def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> tuple[str, str]:
+    """What was found, and why it is wrong."""
     # pydantic appends the member of a union that it tried ("bool", "literal[...]"): no key of the user's.
     loc = [str(part) for part in fault["loc"]]
     key = prefix + ".".join(loc)
@@ -309,11 +317,11 @@ def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> st
         key = key.rsplit(".", 1)[0]
     if fault["type"] == "extra_forbidden":
         if (head := loc[0]) in TASKS and not prefix:
-            return f"{key}: section `{head}` belongs to another task and would have no effect"
-        return f"{key}: unknown key. {_nearest(key, known)}".rstrip()
+            return key, f"section `{head}` belongs to another task and would have no effect"
+        return key, f"unknown key. {_nearest(key, known)}".rstrip()
     if fault["type"] == "missing":
-        return f"{key}: required and not given"
-    return f"{key}={fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}"
+        return key, "required and not given"
+    return f"{key}={fault['input']!r}", fault["msg"].removeprefix("Value error, ")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

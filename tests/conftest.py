@@ -1,0 +1,20 @@
+"""What every test stands on: one thread a process, no network, the same examples of hypothesis in every run."""
+
+import os
+
+# Set before torch is imported: the suite runs two processes on two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from hypothesis import HealthCheck, settings
+
+# Derandomized, so that a red test stays red; tmp_path is safe to share, since the tests that do only add to it.
+settings.register_profile(
+    "suite",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("suite")

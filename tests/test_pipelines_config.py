@@ -1,0 +1,189 @@
+"""The configuration: YAML and overrides in, one validated RunConfig out, every fault said at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from heedful import UserError
+from pipelines import config
+from tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONTRACT = """
+task output_dir resume seed model.name model.max_length model.init data.train data.validation data.test
+data.max_train_samples data.max_eval_samples train.batch_size train.max_steps train.num_train_epochs train.save_steps
+train.eval_steps train.optim train.learning_rate train.per_device_train_batch_size train.gradient_accumulation_steps
+train.warmup_steps train.lr_scheduler_type train.bf16 train.max_grad_norm lora.r lora.lora_alpha lora.target_modules
+attention distributed tracking.wandb
+""".split()
+FIELDS = {"RunConfig": 12, "model": 5, "data": 15, "train": 28, "lora": 6, "tracking": 2}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text="task: ner\nmodel: {name: m}\n"):
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        config.load(path, overrides)
+    return str(caught.value)
+
+
+def test_configs_exist_for_every_task():
+    assert {path.stem for path in CONFIGS if path.parent.name == "configs"} >= set(TASKS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_configs_load_and_round_trip(path):
+    loaded = config.load(path)
+    written = yaml.safe_load(yaml.safe_dump(loaded.to_dict()))
+    assert config.validate(written, where="again") == loaded
+
+
+def test_lora_and_infinity_round_trip(write):
+    overrides = ["lora.r=4", "lora.use_dora=true", "train.max_grad_norm=.inf", "ner.strict=true", "data.columns.tags=t"]
+    loaded = config.load(write(), overrides)
+    assert (loaded.lora.r, loaded.options.strict, loaded.data.columns) == (4, True, {"tags": "t"})
+    assert config.validate(yaml.safe_load(yaml.safe_dump(loaded.to_dict())), where="again") == loaded
+
+
+def test_every_key_of_the_contract_exists():
+    keys = set(config._keys(config.RunConfig))
+    assert not set(CONTRACT) - keys
+
+
+def test_number_of_settings_is_frozen():
+    """Every setting costs every reader; one more is a decision, made here too."""
+    sections = {"RunConfig": config.RunConfig} | {
+        name: config.RunConfig.model_fields[name].annotation for name in FIELDS if name != "RunConfig"
+    }
+    assert {name: len(section.model_fields) for name, section in sections.items()} == FIELDS
+
+
+def test_every_fault_is_reported_at_once(write):
+    text = """
+    task: ner
+    modle: {name: m}
+    model: {name: m, max_length: short}
+    train: {learning_rat: 1, batch_size: 0, optim: adam, bf16: perhaps}
+    lora: {use_dora: true}
+    options: {strict: true}
+    ner: {schema: IOB2, strict: maybe}
+    qa: {n_best_size: 3}
+    """
+    message = refusal(write(text))
+    for part in (
+        "11 faults",
+        "modle: unknown key. Did you mean model?",
+        "model.max_length='short'",
+        "train.learning_rat: unknown key. Did you mean train.learning_rate?",
+        "train.batch_size=0",
+        "train.optim='adam'",
+        "train.bf16='perhaps'",
+        "lora.r is not set, so ['use_dora'] would have no effect",
+        "options: unknown key",
+        "ner.schema: unknown key. Did you mean ner.scheme?",
+        "ner.strict='maybe'",
+        "section `qa` belongs to another task",
+    ):
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learning_rate=1e-4", "learning_rate: unknown key. Did you mean train.learning_rate?"),
+        ("train.batchsize=1", "Did you mean train.batch_size?"),
+        ("ner.scheme=IOB3", "ner.scheme='IOB3'"),
+        ("train.learning_rate=.nan", "train.learning_rate=nan"),
+        ("train.learning_rate=fast", "train.learning_rate='fast'"),
+        ("train.eval_strategy=steps", "eval_strategy=steps does not go with eval_steps=None"),
+        ("train.optim", "KEY=VALUE"),
+        ("train.optim=[", "not readable as YAML"),
+        ("task=nre", "Did you mean ner"),
+        ("model.name=null", "model.name=None"),
+    ],
+)
+def test_a_fault_names_its_key_and_the_nearest_known_one(write, override, expected):
+    assert expected in refusal(write(), override)
+
+
+def test_missing_keys_are_named(write):
+    assert "model: required and not given" in refusal(write("task: ner"))
+    assert "model.name: required and not given" in refusal(write("task: ner\nmodel: {max_length: 64}"))
+
+
+def test_exponents_without_a_point_are_numbers(write):
+    assert yaml.safe_load("3e-5") == "3e-5"  # the trap: YAML 1.1 reads it as text
+    assert config.load(write("task: ner\nmodel: {name: m}\ntrain: {learning_rate: 3e-5}")).train.learning_rate == 3e-5
+    assert config.load(write(), ["train.learning_rate=3e-5"]).train.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize("word", ["no", "No", "off", "false"])
+def test_yaml_1_1_words_mean_what_they_say(write, word):
+    text = f"task: ner\nmodel: {{name: m}}\ntrain: {{eval_strategy: {word}, save_strategy: {word}}}\n"
+    train = config.load(write(text), [f"tracking.wandb={word}"])
+    assert (train.train.eval_strategy, train.train.save_strategy, train.tracking.wandb) == ("no", "no", "off")
+
+
+def test_a_key_given_twice_is_refused_at_any_depth(write):
+    assert "'seed' is given twice" in refusal(write("task: ner\nseed: 1\nmodel: {name: m}\nseed: 2"))
+    assert "'r' is given twice" in refusal(write("task: ner\nmodel: {name: m}\nlora: {r: 1, r: 2}"))
+    assert "'a' is given twice" in refusal(write(), "data.columns={a: b, a: c}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("- 1", "a list"), ("", "a NoneType"), ("a: [", "not readable as YAML")]
+)
+def test_a_file_that_is_no_mapping_is_refused(write, text, expected):
+    assert expected in refusal(write(text))
+
+
+def test_a_file_that_runs_code_is_refused(write):
+    assert "not readable as YAML" in refusal(write("task: !!python/object/apply:os.getcwd []"))
+
+
+def test_a_missing_file_names_the_nearest(write):
+    path = write()
+    assert "Did you mean run?" in refusal(path.with_name("rum.yaml"))
+
+
+def test_overrides_win_and_make_sections(write):
+    loaded = config.load(write(), ["model.name=other", "seed=1", "data.train=007", "train.eval_steps=50"])
+    assert (loaded.model.name, loaded.seed) == ("other", 1)
+    assert (loaded.train.eval_steps, loaded.train.eval_strategy) == (50, "steps")
+    assert loaded.output_dir == "runs/run"
+
+
+def test_settings_are_frozen(write):
+    with pytest.raises(ValueError, match="frozen"):
+        config.load(write()).seed = 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["import pipelines.config", "import sys; sys.argv = ['heedful', '--help']; import pipelines.cli as c; c.main()"],
+)
+def test_configuration_and_help_are_light(command):
+    """No torch (seconds of import) before it is needed, and under half a second of CPU time."""
+    code = (
+        "import atexit, sys, time\n"
+        "def say():\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'pandas', 'accelerate'} & set(sys.modules)\n"
+        "    print('\\nHEAVY', sorted(heavy), time.process_time())\n"
+        "atexit.register(say)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code + command], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy, seconds = done.stdout.rpartition("HEAVY ")[2].rsplit(" ", 1)
+    assert heavy == "[]"
+    assert float(seconds) < 0.5
