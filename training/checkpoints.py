@@ -82,6 +82,8 @@ def fault(folder: Path) -> str | None:
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        hashes = None
+    if not (isinstance(hashes, dict) and hashes):
         return f"{MANIFEST} is missing or broken"
     for name, expected in hashes.items():
         if not (folder / name).is_file():
@@ -93,7 +95,8 @@ def fault(folder: Path) -> str | None:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints below ``folder``, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest_whole(folder: Path, *, say: Callable[[str], None]) -> Path | None:
@@ -123,7 +126,9 @@ def save(folder: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRS
 
 
 def prune(folder: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    """Delete all but the ``keep`` newest checkpoints and the best one, and what a kill left aside."""
+    for path in folder.glob(".tmp-step-*"):
+        shutil.rmtree(path)
     for path in steps(folder)[:-keep]:
         if path.name != f"step-{best_step}":
             shutil.rmtree(path)

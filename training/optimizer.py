@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import ceil
 from typing import Any
 
 import torch
@@ -53,5 +54,5 @@ def build_scheduler(name: str, optimizer: Optimizer, *, warmup_steps: float, num
     Args:
         warmup_steps: Below 1 a share of all steps, as in TrainingArguments.
     """
-    warmup = round(warmup_steps * num_training_steps) if warmup_steps < 1 else round(warmup_steps)
+    warmup = ceil(warmup_steps * num_training_steps) if warmup_steps < 1 else int(warmup_steps)
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_training_steps)  # type: ignore[no-any-return]

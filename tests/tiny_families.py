@@ -1,0 +1,53 @@
+"""Tiny random models of the six families that the project promises, and a folder of one as the Hub would hold it."""
+
+import torch
+import transformers
+from tiny_text import make_tokenizer
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+COMMON = {"vocab_size": 400, "pad_token_id": 0, "max_position_embeddings": 64}
+FAMILIES = {
+    "bert": SIZES,
+    "roberta": SIZES | {"pad_token_id": 1},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "electra": SIZES | {"embedding_size": 8},
+    "deberta-v2": SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    "modernbert": SIZES | {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3},
+}
+NO_DROPOUT = {
+    name: 0.0
+    for name in (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "dropout",
+        "attention_dropout",
+        "qa_dropout",
+        "seq_classif_dropout",
+        "pooler_dropout",
+        "embedding_dropout",
+        "mlp_dropout",
+        "summary_last_dropout",
+    )
+}
+
+
+def make_config(family, *, dropout=True, **kwargs):
+    sizes = COMMON | FAMILIES[family] | ({} if dropout else NO_DROPOUT) | kwargs
+    return transformers.AutoConfig.for_model(family, **sizes)
+
+
+def make_model(family, auto_class, *, seed=0, **kwargs):
+    """A random model; the same weights in each call."""
+    torch.manual_seed(seed)
+    return auto_class.from_config(make_config(family, **kwargs)).eval()
+
+
+def save_body(family, folder, *, tokenizer=None, **kwargs):
+    """A folder with a body and no head, as pretrained checkpoints are; and a tokenizer."""
+    make_model(family, transformers.AutoModel, **kwargs).save_pretrained(folder)
+    (tokenizer or make_tokenizer("bert", TEXTS)).save_pretrained(folder)
+    return folder
+
+
+TEXTS = ["the cat sat on the mat", "a dog barked at the moon", "Anna met Paul in Berlin", "it rained all day long"]
