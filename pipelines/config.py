@@ -33,7 +33,7 @@ class ModelSection(Section):
     max_length: int = Field(default=128, ge=8)
     """Tokens in one window, special tokens included."""
     init: Literal["pretrained", "new_head"] = "pretrained"
-    """``new_head`` drops a head of another shape and starts a fresh one; ``pretrained`` refuses it."""
+    """``new_head`` starts a fresh head; ``pretrained`` keeps the checkpoint's and refuses one for other labels."""
     trust_remote_code: bool = False
 
 

@@ -82,9 +82,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(optimizer, tmp_path):
     assert json.dumps(ours["param_groups"]) == json.dumps(theirs["param_groups"])  # a tuple comes back as a list
     assert ours["state"].keys() == theirs["state"].keys()
     for parameter, state in theirs["state"].items():
-        assert {
-            k: torch.equal(torch.as_tensor(v), torch.as_tensor(ours["state"][parameter][k])) for k, v in state.items()
-        } == dict.fromkeys(state, True)
+        again = ours["state"][parameter]
+        assert again.keys() == state.keys()
+        assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(state[key])) for key in state)
     # The comparison can fail: a run that goes on with a fresh optimizer is another one.
     fresh = Run(optimizer)
     checkpoints.load_model(path, fresh.model)

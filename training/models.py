@@ -90,7 +90,7 @@ def load_model(
     """Load ``name`` as ``auto_class`` in fp32 from safetensors.
 
     Args:
-        new_head: Start a fresh head where the checkpoint's has other labels, instead of refusing it.
+        new_head: Start the rows of the head's labels anew, whatever head the checkpoint has, instead of refusing one.
         kwargs: The task's: ``num_labels``, ``id2label``, ...
 
     Raises:
@@ -124,7 +124,8 @@ def load_model(
     if broken := [key for key, p in model.named_parameters() if not torch.isfinite(p).all()]:
         raise UserError(f"NaN or infinite weights: {', '.join(broken[:3])}", where=name, fix="fetch or train it again")
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    new = tuple(sorted({*info["missing_keys"], *mismatched}))
+    renewed = _renew_labels(model) if new_head else []
+    new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
     return Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
 
 
@@ -191,6 +192,16 @@ def _refuse_other_labels(config: PreTrainedConfig, auto_class: Any, name: str, w
             expected=f"{len(labels)} labels as in the data, in this order: {_some(labels.values())}",
             fix="model.init=new_head starts a fresh head on this checkpoint's body",
         )
+
+
+def _renew_labels(model: PreTrainedModel) -> list[str]:
+    """Draw the rows of the head anew, one a label: transformers keeps those of other labels if their number fits."""
+    body, fresh = f"{model.base_model_prefix}.", type(model)(model.config)
+    rows = {n: p for n, p in model.named_parameters() if not n.startswith(body) and len(p) == model.config.num_labels}
+    with torch.no_grad():
+        for name, parameter in rows.items():
+            parameter.copy_(fresh.get_parameter(name))
+    return list(rows)
 
 
 def _some(labels: Any) -> str:

@@ -1,0 +1,216 @@
+"""Loading a model: what transformers would let pass without a word is refused or said."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, TEXTS, make_model, save_body
+from tiny_text import make_tokenizer
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from heedful import UserError
+from training.checkpoints import write_whole
+from training.models import check_length, load_model, load_tokenizer, max_positions
+
+
+def labels(*names):
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+@pytest.fixture(scope="module")
+def bodies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bodies")
+    return {family: save_body(family, folder / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def body(bodies, tmp_path):
+    """A copy that the test may break."""
+    return shutil.copytree(bodies["bert"], tmp_path / "bert")
+
+
+@pytest.fixture
+def with_head(bodies, tmp_path):
+    """A checkpoint with a head for the labels no and yes."""
+    loaded = load_model(AutoModelForSequenceClassification, str(bodies["bert"]), **labels("no", "yes"))
+    loaded.model.save_pretrained(tmp_path / "head")
+    return str(tmp_path / "head")
+
+
+def refusal(*args, load=load_model, **kwargs):
+    with pytest.raises(UserError) as caught:
+        load(*args, **kwargs)
+    return str(caught.value)
+
+
+HEADS = {
+    "bert": {"classifier"},
+    "roberta": {"classifier.dense", "classifier.out_proj"},
+    "distilbert": {"pre_classifier", "classifier"},
+    "electra": {"classifier.dense", "classifier.out_proj"},
+    "deberta-v2": {"pooler.dense", "classifier"},
+    "modernbert": {"head.dense", "head.norm", "classifier"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_parameters_are_named_and_the_rest_is_the_checkpoints(family, bodies):
+    loaded = load_model(AutoModelForSequenceClassification, str(bodies[family]), **labels("a", "b", "c"))
+    assert {name.rpartition(".")[0] for name in loaded.new} == HEADS[family]
+    stored = load_file(bodies[family] / "model.safetensors")
+    own = loaded.model.base_model.state_dict()
+    missing = [name for name, tensor in stored.items() if name not in own or not torch.equal(own[name], tensor)]
+    assert set(missing) == {name.removeprefix(f"{loaded.model.base_model_prefix}.") for name in loaded.unused}
+    assert not loaded.model.training
+
+
+def test_weights_are_fp32_whatever_the_checkpoint(bodies, tmp_path):
+    transformers.AutoModel.from_pretrained(bodies["bert"], dtype=torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load_model(AutoModelForTokenClassification, str(tmp_path), **labels("a", "b"))
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+
+
+def test_a_folder_without_tokenizer_files_is_refused(body):
+    assert load_tokenizer(str(body)).is_fast
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (body / file).unlink()
+    assert len(transformers.AutoTokenizer.from_pretrained(body)) < 10  # the trap: transformers makes one up
+    assert "without tokenizer files" in refusal(str(body), load=load_tokenizer)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    tokenizer = make_tokenizer("bert", TEXTS)
+    save_body("bert", tmp_path / "fits", tokenizer=tokenizer, vocab_size=len(tokenizer))
+    save_body("bert", tmp_path / "small", tokenizer=tokenizer, vocab_size=len(tokenizer) - 1)
+    assert len(load_tokenizer(str(tmp_path / "fits"))) == len(tokenizer)
+    assert f"{len(tokenizer)} tokens for a model of {len(tokenizer) - 1}" in refusal(
+        str(tmp_path / "small"), load=load_tokenizer
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(body, value):
+    tensors = load_file(body / "model.safetensors")
+    tensors["encoder.layer.1.output.dense.weight"][3, 2] = value
+    save_file(tensors, body / "model.safetensors", {"format": "pt"})
+    message = refusal(AutoModelForSequenceClassification, str(body), **labels("a", "b"))
+    assert "NaN or infinite weights: bert.encoder.layer.1.output.dense.weight" in message
+
+
+def test_a_changed_bit_is_refused_where_there_is_a_manifest(bodies, tmp_path):
+    folder = tmp_path / "model"
+    write_whole(folder, lambda aside: shutil.copytree(bodies["bert"], aside, dirs_exist_ok=True))
+    assert load_model(transformers.AutoModel, str(folder)).new == ()
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert "model.safetensors does not match its hash" in refusal(transformers.AutoModel, str(folder))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 400, -3])
+def test_truncated_weights_are_refused(body, keep):
+    file = body / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "safetensors" in refusal(transformers.AutoModel, str(body))
+
+
+def test_pickled_weights_are_refused(body):
+    torch.save(load_file(body / "model.safetensors"), body / "pytorch_model.bin")
+    (body / "model.safetensors").unlink()
+    assert "safetensors" in refusal(transformers.AutoModel, str(body))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, lambda name: load_model(transformers.AutoModel, name)])
+def test_no_such_folder_and_no_such_model(load, tmp_path):
+    assert "no such model folder" in refusal("./absent", load=load)
+    assert "no such model folder" in refusal("assets/absent", load=load)
+    (tmp_path / "config.json").write_text("{")
+    assert "no model configuration" in refusal(str(tmp_path), load=load)
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    assert "no model configuration" in refusal(str(tmp_path), load=load)
+
+
+@pytest.mark.parametrize("names", [("no", "yes", "maybe"), ("yes", "no"), ("0", "1")])
+def test_a_head_for_other_labels_is_refused(with_head, names):
+    message = refusal(AutoModelForSequenceClassification, with_head, **labels(*names))
+    assert "a head for 2 labels: no, yes" in message
+    assert f"in this order: {', '.join(names)}" in message
+    assert "model.init=new_head" in message
+
+
+def test_a_head_for_these_labels_is_kept(with_head):
+    loaded = load_model(AutoModelForSequenceClassification, with_head, **labels("no", "yes"))
+    assert loaded.new == loaded.unused == ()
+    assert torch.equal(loaded.model.classifier.weight, load_file(f"{with_head}/model.safetensors")["classifier.weight"])
+
+
+def test_a_head_with_nameless_labels_is_kept_if_its_size_fits(bodies, tmp_path):
+    load_model(AutoModelForSequenceClassification, str(bodies["bert"]), num_labels=3).model.save_pretrained(tmp_path)
+    assert load_model(AutoModelForSequenceClassification, str(tmp_path), **labels("a", "b", "c")).new == ()
+    assert "a head for 3 labels" in refusal(AutoModelForSequenceClassification, str(tmp_path), **labels("a", "b"))
+
+
+@pytest.mark.parametrize("names", [("no", "yes", "maybe"), ("yes", "no"), ("no", "yes")])
+def test_new_head_starts_a_fresh_one_and_says_so(with_head, names):
+    loaded = load_model(AutoModelForSequenceClassification, with_head, new_head=True, **labels(*names))
+    assert loaded.new == ("classifier.bias", "classifier.weight")
+    assert loaded.model.config.id2label == dict(enumerate(names))
+    stored = load_file(f"{with_head}/model.safetensors")
+    assert not torch.equal(loaded.model.classifier.weight[:2], stored["classifier.weight"])
+    assert torch.equal(
+        loaded.model.bert.embeddings.word_embeddings.weight, stored["bert.embeddings.word_embeddings.weight"]
+    )
+
+
+def test_another_tasks_head_is_left_out_and_said(with_head):
+    loaded = load_model(AutoModelForQuestionAnswering, with_head, num_labels=2)
+    assert loaded.new == ("qa_outputs.bias", "qa_outputs.weight")
+    assert {"classifier.bias", "classifier.weight"} <= set(loaded.unused)
+
+
+def can_run(model, length):
+    try:
+        with torch.no_grad():
+            model(torch.full((1, length), 5))
+    except (RuntimeError, IndexError):
+        return False
+    return True
+
+
+LIMITS = {"bert": 64, "roberta": 62, "distilbert": 64, "electra": 64, "deberta-v2": None, "modernbert": 64}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_max_positions_is_what_the_model_can_run(family):
+    model = make_model(family, transformers.AutoModel)
+    limit = max_positions(model)
+    assert limit == LIMITS[family]
+    assert can_run(model, limit or 200)
+    if family not in {"deberta-v2", "modernbert"}:  # rotary positions go on beyond, into what was never trained
+        assert not can_run(model, limit + 1)
+
+
+def test_deberta_with_absolute_positions_is_bounded():
+    model = make_model("deberta-v2", transformers.AutoModel, position_biased_input=True)
+    assert max_positions(model) == 64
+    assert can_run(model, 64)
+    assert not can_run(model, 65)
+
+
+def test_windows_longer_than_the_positions_are_refused():
+    model = make_model("roberta", AutoModelForTokenClassification)
+    check_length(model, 62)
+    message = refusal(model, 63, load=check_length)
+    assert "model.max_length=63" in message
+    assert "at most 62" in message
+    check_length(make_model("deberta-v2", transformers.AutoModel), 5000)
