@@ -1,0 +1,64 @@
+# Everything runs in .venv, made by the first target that needs it; nothing global is touched.
+#   make finetune TASK=ner ARGS="train.max_steps=20 data.train=my.csv" NPROC=2
+SHELL := /bin/bash
+TASK ?= ner
+CONFIG ?= configs/$(TASK).yaml
+ARGS ?=
+NPROC ?= 1
+PYTHON ?= python3
+CHECKPOINT ?= runs/$(TASK)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint assets finetune evaluate predict config test verify check format bench-peer clean
+
+help:  ## Show every target, one line each
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/.ready  ## Make .venv with everything pinned (other targets do it by themselves)
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "heedful needs Python 3.11 or newer: make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv .venv
+	# torch first, by its pinned version: a range would be filled with gigabytes of CUDA packages.
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+assets: .venv/.ready  ## Fetch and check the models and data of TASK (finetune does it by itself)
+	$(BIN)/heedful assets $(TASK)
+
+finetune: .venv/.ready  ## Fine-tune TASK (or CONFIG=my.yaml) with ARGS="key=value ..." on NPROC processes
+	$(BIN)/heedful finetune $(CONFIG) $(ARGS) --nproc $(NPROC)
+
+evaluate: .venv/.ready  ## Score CHECKPOINT on its run's data, or with ARGS="data.test=my.csv"
+	$(BIN)/heedful evaluate $(CHECKPOINT) $(ARGS)
+
+predict: .venv/.ready  ## Answers of CHECKPOINT for INPUT, a file or a text, as JSON lines
+	@$(BIN)/heedful predict $(CHECKPOINT) "$(INPUT)" $(ARGS)
+
+config: .venv/.ready  ## Print the resolved configuration of TASK with every default
+	@$(BIN)/heedful config $(CONFIG) $(ARGS)
+
+test: .venv/.ready  ## Run the tests (under 10 minutes on 2 cores)
+	$(BIN)/pytest -m "not slow" -n 2
+
+verify: .venv/.ready  ## Run the slower proofs too: kill -9 at many points, whole default runs
+	$(BIN)/pytest -n 2
+
+check: lint test  ## Format, lint, types and tests, without changing a file
+
+lint: .venv/.ready  ## Format, lint and types alone
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.ready  ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-peer: .venv/.ready  ## Measure against transformers' Trainer, both sides in one run
+	$(BIN)/python -m scripts.bench_peer $(ARGS)
+
+clean:  ## Remove caches; keeps .venv, assets and runs
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
