@@ -32,9 +32,9 @@ def window_room(tokenizer: PreTrainedTokenizerBase, max_length: int, *, stride: 
     if not 0 <= stride < room:
         raise UserError(
             f"stride {stride} with max_length {max_length}, of which {max_length - room} are special tokens",
-            where="model.max_length, model.stride",
+            where="model.max_length, data.stride",
             expected=f"0 <= stride < {max(room, 0)}, so that each window goes beyond the one before",
-            fix="raise model.max_length or lower model.stride",
+            fix="raise model.max_length or lower data.stride",
         )
     return room
 
