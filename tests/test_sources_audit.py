@@ -212,4 +212,4 @@ def test_a_hundred_thousand_rows_take_seconds():
     start = time.process_time()
     result = run(train=rows)
     assert result.duplicates["train"]["examples"] == [[7, 100_000]]
-    assert time.process_time() - start < 15  # measured: about 2
+    assert time.process_time() - start < 15  # measured: about 3

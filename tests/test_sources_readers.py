@@ -43,7 +43,7 @@ def read(source, columns=CLS, mapping=None, **options):
 def write(path: Path, content) -> Path:
     """Write bytes, text, or JSON values (one a line in a .jsonl file)."""
     if isinstance(content, list) and path.suffix == ".jsonl":
-        content = "".join(json.dumps(row) + "\n" for row in content)
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
     elif not isinstance(content, (str, bytes)):
         content = json.dumps(content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -246,7 +246,8 @@ def test_conll(tmp_path):
         ("# id\n# text\na O\n# O\n", [["a", "#"]]),
         ("# x\tb\nw\tO\n", [["w"]]),  # the same width, but no tag
         ("a O\n#nlp B-TAG\n\n#nlp B-TAG\nb O\n", [["a", "#nlp"], ["#nlp", "b"]]),
-        ("a\xa0b\tO\n\xa0\tO\n", [["a\xa0b", "\xa0"]]),
+        ("a\xa0b O\n\xa0 O\n", [["a\xa0b", "\xa0"]]),
+        ("New York\tO\n\xa0\tO\n", [["New York", "\xa0"]]),
         ("a O\r\n\r\nb O\r\n", [["a"], ["b"]]),
         ("a O\n  \n\nb O", [["a"], ["b"]]),
     ],
