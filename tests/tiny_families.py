@@ -1,8 +1,14 @@
 """Tiny random models of the six families that the project promises, and a folder of one as the Hub would hold it."""
 
+import random
+from collections import defaultdict
+
+import datasets
 import torch
 import transformers
 from tiny_text import make_tokenizer
+
+from tasks import TASKS
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 COMMON = {"vocab_size": 400, "pad_token_id": 0, "max_position_embeddings": 64}
@@ -51,3 +57,36 @@ def save_body(family, folder, *, tokenizer=None, **kwargs):
 
 
 TEXTS = ["the cat sat on the mat", "a dog barked at the moon", "Anna met Paul in Berlin", "it rained all day long"]
+
+WORDS = ["Anna", "Paul", "Berlin", "the", "cat", "sat", "on", "mat", "dog", "barked"]
+TAGS = {"Anna": "B-PER", "Paul": "B-PER", "Berlin": "B-LOC"}
+
+
+def make_rows(task, count=16, *, seed=0):
+    """Rows of very uneven lengths and numbers of targets."""
+    draw = random.Random(seed)
+    columns = defaultdict(list)
+    for row in range(count):
+        words = draw.choices(WORDS, k=1 + row * 5 % 13)
+        columns["row"].append(row)
+        if task == "ner":
+            words[0] = WORDS[row % 3]
+            columns["tokens"].append(words)
+            columns["tags"].append([TAGS.get(word, "O") for word in words])
+        elif task == "classification":
+            columns["text"].append(" ".join(words))
+            columns["label"].append("abc"[row % 3])
+        else:
+            columns["question"].append("where sat the cat")
+            columns["context"].append(" ".join(words))
+            columns["answers"].append({"text": [words[-1]], "answer_start": [len(" ".join(words)) - len(words[-1])]})
+    return datasets.Dataset.from_dict(columns)
+
+
+def make_task(name, family="bert", *, count=16, max_length=32):
+    """A task as ``finetune`` builds it, its rows and their features."""
+    rows = make_rows(name, count)
+    tokenizer = make_tokenizer("bert" if family in {"bert", "electra", "deberta-v2"} else "roberta", [*TEXTS, *WORDS])
+    kind, options = TASKS[name].load(), TASKS[name].options()
+    task = kind.build(tokenizer, rows, max_length=max_length, stride=4, options=options)
+    return task, rows, datasets.Dataset.from_dict(task.encode(rows[:], training=True))

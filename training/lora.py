@@ -29,7 +29,7 @@ def add_lora(
     use_dora: bool = False,
     use_rslora: bool = False,
 ) -> PeftModel:
-    """Wrap ``model`` so that the adapter and every parameter in ``new`` are trained, and nothing else.
+    """Wrap ``model`` so that the adapter and every parameter in ``new`` are trained, and nothing else of its body.
 
     Args:
         new: Parameters that the checkpoint did not hold.
@@ -37,7 +37,7 @@ def add_lora(
         target_modules: Names as PEFT takes them; None adapts all linear layers inside the blocks.
 
     Raises:
-        UserError: The model has no such module.
+        UserError: The model has no such module, or PEFT can not tell its new ones from pretrained ones.
     """
     config = LoraConfig(
         r=r,
@@ -57,6 +57,14 @@ def add_lora(
     trained = {_plain(name) for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
     if missed := set(new) - trained:
         raise RuntimeError(f"new parameters that LoRA would leave random: {sorted(missed)}")
+    # PEFT goes by the ends of names, so a new head called `dense` would free every pretrained layer of that name.
+    if freed := sorted(n for n in trained - set(new) if n.startswith(f"{model.base_model_prefix}.")):
+        raise UserError(
+            f"the new {', '.join(owners(new))} would free pretrained layers: {', '.join(freed[:3])}",
+            where="lora",
+            expected="a head whose name does not end that of a pretrained layer",
+            fix="leave out lora.r to train the whole model",
+        )
     return wrapped
 
 

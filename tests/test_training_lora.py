@@ -1,0 +1,215 @@
+"""LoRA leaves nothing new untrained and nothing trained unsaved: six families, every task, whatever the head's name."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from tiny_families import FAMILIES, make_config, make_task, save_body
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.bert import BertModel
+
+from heedful import UserError
+from training.batches import examples
+from training.export import _answers, export
+from training.loop import Trainee, run_update
+from training.lora import add_lora, block_linears, owners
+from training.models import load_model
+from training.optimizer import build_optimizer, build_scheduler, parameter_groups
+
+TASK_NAMES = ("classification", "ner", "qa")
+VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
+
+
+@pytest.fixture(scope="module")
+def bodies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bodies")
+    return {family: str(save_body(family, folder / family)) for family in FAMILIES}
+
+
+def train(model, task, features, *, steps=2):
+    """Updates, as the loop makes them. LoRA's B is zero at first, so that A moves in the second one only."""
+    accelerator = Accelerator(cpu=True)
+    groups = parameter_groups(model.named_parameters(), weight_decay=0.0)
+    optimizer = build_optimizer("adamw_torch", groups, learning_rate=0.05, betas=(0.9, 0.999), epsilon=1e-8)
+    scheduler = build_scheduler("constant", optimizer, warmup_steps=0, num_training_steps=steps)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    trainee = Trainee(accelerator, task, prepared, wrapped, scheduler, max_grad_norm=1.0, seed=0)
+    for step in range(steps):
+        run_update(trainee, [task.collate(examples(features, np.arange(8)))], features, step=step)
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(before, model):
+    return {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+
+
+def trained_in_full(moved):
+    """Names in the model that PEFT wraps, adapters left out."""
+    plain = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in moved}
+    return {name for name in plain if "lora_" not in name}
+
+
+def adapted(family, bodies, task, **variant):
+    torch.manual_seed(0)
+    base = {"name": bodies[family]}
+    loaded = load_model(task.auto_class, **base, **task.model_kwargs())
+    return base, loaded.new, add_lora(loaded.model, loaded.new, r=4, **variant)
+
+
+CASES = [(family, task, "lora") for family in FAMILIES for task in TASK_NAMES]
+CASES += [(family, "classification", variant) for family in FAMILIES for variant in ("dora", "rslora")]
+
+
+@pytest.mark.parametrize(("family", "task_name", "variant"), CASES)
+def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, task_name, variant, bodies, tmp_path):
+    task, _, features = make_task(task_name, family)
+    base, new, model = adapted(family, bodies, task, **VARIANTS[variant])
+    before = snapshot(model)
+    train(model, task, features)
+    moved = changed(before, model)
+    assert trained_in_full(moved) == set(new)
+    adapters = {name for name in before if "lora_" in name}
+    assert {name for name in moved if "lora_" in name} == adapters
+    assert len(adapters) >= 2 * 2 * 4  # A and B, two blocks, at least four linear layers in each
+
+    probe = task.collate(examples(features, np.arange(8)))
+    trained = _answers(copy.deepcopy(model), probe)
+    differences = export(model, task, tmp_path, probe=probe, base=base)
+    assert set(differences) == {"adapter", "model"}
+    assert max(differences.values()) < 1e-5
+    # Loaded here by hand too, lest export compared a model with itself.
+    plain_model = task.auto_class.from_pretrained(tmp_path / "model").eval()
+    torch.manual_seed(1)  # another draw of the head, which the adapter must bring
+    again = PeftModel.from_pretrained(
+        load_model(task.auto_class, **base, **task.model_kwargs()).model, tmp_path / "adapter"
+    )
+    for model_again in (plain_model, again):
+        for ours, theirs in zip(_answers(model_again, probe), trained, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
+    """The proof can fail: a merge that loses an adapter is refused, and leaves no model folder."""
+    task, _, features = make_task("classification")
+    base, _, model = adapted("bert", bodies, task)
+    train(model, task, features, steps=6)
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(UserError, match="answers differently"):
+        export(model, task, tmp_path, probe=task.collate(examples(features, np.arange(8))), base=base)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_pretrained_head_is_adapted_not_replaced(bodies, tmp_path):
+    """A checkpoint that holds its head: nothing is new, and the frozen head answers."""
+    task, _, features = make_task("classification", "deberta-v2")
+    first = load_model(task.auto_class, bodies["deberta-v2"], **task.model_kwargs())
+    assert {"pooler.dense.weight", "pooler.dense.bias"} < set(first.new)
+    first.model.save_pretrained(tmp_path / "whole")
+    base = {"name": str(tmp_path / "whole")}
+    loaded = load_model(task.auto_class, **base, **task.model_kwargs())
+    assert loaded.new == ()
+    model = add_lora(loaded.model, loaded.new, r=2)
+    before = snapshot(model)
+    train(model, task, features)
+    assert all("lora_" in name for name in changed(before, model))
+    export(model, task, tmp_path, probe=task.collate(examples(features, np.arange(8))), base=base)
+
+
+def strange_head(name):
+    """A class with a linear head of this name on BERT's body."""
+
+    class Strange(PreTrainedModel):
+        config_class = type(make_config("bert"))
+        base_model_prefix = "bert"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = BertModel(config)
+            self.add_module(name, nn.Linear(config.hidden_size, config.num_labels))
+            self.post_init()
+
+        def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+            body = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+            return SequenceClassifierOutput(logits=getattr(self, name)(body.last_hidden_state[:, 0]))
+
+    return Strange
+
+
+def test_a_head_under_an_unusual_name(bodies, tmp_path):
+    """PEFT knows three names; this is none of them."""
+    kind = strange_head("answering_machine")
+    task, _, features = make_task("classification")
+    loaded = load_model(kind, bodies["bert"], new_head=True, num_labels=3)
+    assert loaded.new == ("answering_machine.bias", "answering_machine.weight")
+    model = add_lora(loaded.model, loaded.new, r=2)
+    before = snapshot(model)
+    train(model, task, features)
+    moved = changed(before, model)
+    assert trained_in_full(moved) == set(loaded.new)
+    assert {n for n in moved if "lora_" in n} == {n for n in before if "lora_" in n}
+    probe = task.collate(examples(features, np.arange(8)))
+    trained = _answers(model, probe)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    again = PeftModel.from_pretrained(load_model(kind, bodies["bert"], new_head=True, num_labels=3).model, tmp_path)
+    torch.testing.assert_close(_answers(again, probe), trained)
+
+
+@pytest.mark.parametrize("name", ["dense", "query"])
+def test_a_head_that_peft_would_mistake_for_pretrained_layers_is_refused(name, bodies):
+    loaded = load_model(strange_head(name), bodies["bert"], new_head=True, num_labels=3)
+    with pytest.raises(UserError, match=f"the new {name} would free pretrained layers: bert.encoder"):
+        add_lora(loaded.model, loaded.new, r=2)
+
+
+def test_a_renewed_head_is_trained(bodies, tmp_path):
+    """DistilBERT's new ``classifier`` also ends ``pre_classifier``, which is then trained and saved too."""
+    task, _, features = make_task("classification", "distilbert")
+    first = load_model(task.auto_class, bodies["distilbert"], **task.model_kwargs())
+    first.model.save_pretrained(tmp_path / "whole")
+    base = {"name": str(tmp_path / "whole"), "new_head": True}
+    loaded = load_model(task.auto_class, **base, **task.model_kwargs())
+    assert loaded.new == ("classifier.bias", "classifier.weight")
+    model = add_lora(loaded.model, loaded.new, r=2)
+    before = snapshot(model)
+    train(model, task, features)
+    assert trained_in_full(changed(before, model)) >= set(loaded.new)
+    differences = export(model, task, tmp_path, probe=task.collate(examples(features, np.arange(8))), base=base)
+    assert max(differences.values()) < 1e-5
+
+
+def test_linear_layers_of_the_blocks_are_found_and_heads_are_not(bodies):
+    model = load_model(AutoModelForSequenceClassification, bodies["roberta"], num_labels=2).model
+    wrapped = add_lora(model, ["classifier.dense.weight"], r=2)
+    hit = {name.split(".lora_A")[0] for name, _ in wrapped.named_parameters() if "lora_A" in name}
+    assert len(hit) == 2 * 6
+    assert all(".layer." in name for name in hit)
+
+
+def test_named_modules_are_taken_and_unknown_ones_refused(bodies):
+    def load():
+        return load_model(AutoModelForSequenceClassification, bodies["bert"], num_labels=2)
+
+    loaded = load()
+    wrapped = add_lora(loaded.model, loaded.new, r=2, lora_alpha=3, target_modules=["query"])
+    assert sum("lora_A" in name for name, _ in wrapped.named_parameters()) == 2
+    assert (wrapped.peft_config["default"].lora_alpha, wrapped.peft_config["default"].r) == (3, 2)
+    with pytest.raises(UserError, match="No modules were targeted"):
+        add_lora(load().model, loaded.new, r=2, target_modules=["q_proj"])
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UserError, match="no linear layers inside numbered blocks"):
+        block_linears(nn.Linear(2, 2))
+
+
+def test_owners():
+    assert owners(["classifier.weight", "classifier.bias", "pooler.dense.weight"]) == ["classifier", "pooler.dense"]
