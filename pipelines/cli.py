@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -142,13 +143,13 @@ def _launch(nproc: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    arguments = [argument for argument in _without_nproc(sys.argv[1:])]
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     launch = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     try:
-        elastic_launch(launch, sys.executable)("-m", "pipelines.cli", *arguments)
+        elastic_launch(launch, sys.executable)("-m", "pipelines.cli", *_without_nproc(sys.argv[1:]))
     except ChildFailedError as error:
         return max(failure.exitcode for failure in error.failures.values())
     except SignalException as error:

@@ -5,31 +5,55 @@ seed -> tokenizer -> data (audited) -> model -> LoRA -> optimizer -> accelerator
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
-from sources.audit import audit, check, summary
 
 from heedful import UserError
 from pipelines import building, runs
 from pipelines.config import RunConfig
-from pipelines.preparation import build_accelerator, build_console, encode, fetch_assets, read_splits, split_sources
+from pipelines.preparation import (
+    build_accelerator,
+    build_console,
+    encode,
+    fetch_assets,
+    read_splits,
+    split_sources,
+    tell,
+)
 from pipelines.report import show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
+from sources.audit import Audit, audit, check, summary
 from sources.readers import fingerprint
 from tasks import TASKS
+from tasks.protocol import Task
 from training import checkpoints
 from training.batches import examples
 from training.checkpoints import Position, write_json
 from training.export import export
 from training.loop import Trainee, train
 from training.tracking import Tracker, truncate_history, wandb_sinks
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, audited; every dict is keyed by split."""
+
+    task: Task
+    rows: dict[str, datasets.Dataset]
+    features: dict[str, datasets.Dataset]
+    fingerprints: dict[str, str]
+    assets: list[dict[str, Any]]
+    audited: Audit
 
 
 def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
@@ -44,44 +68,29 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     accelerator = build_accelerator(bf16=config.train.bf16)
     console = build_console(accelerator, console)
     be_deterministic(config.seed)
-    sources = split_sources(config.data)
-    assets = fetch_assets([config.model.name, *sources.values()], accelerator, console)
-    rows = read_splits(config, sources)
-    task = building.build_task(config, rows["train"])
-    for name, split in rows.items():
-        task.check(split, where=sources[name])
-    features = {name: encode(task, split, training=name == "train") for name, split in rows.items()}
-    audited = audit(
-        rows,
-        columns=TASKS[config.task].columns,
-        lengths={name: split["length"] for name, split in features.items()},
-        losses={name: task.account(features[name][:], split) for name, split in rows.items()},
-    )
-    console.print(summary(audited))
-    check(audited, building.audit_limits(config))
+    data = prepare(config, accelerator, console)
+    task, features = data.task, data.features
     loaded = building.load_base(config, task)
     model = building.adapt(config, loaded)
-    console.print(building.describe_model(loaded, model), highlight=False, markup=False)
+    tell(console, building.describe_model(loaded, model))
     batching = building.build_batching(config, accelerator)
-    schedule = building.build_schedule(
-        config, task, batching.steps_per_epoch(len(features["train"])), validated="validation" in rows
-    )
+    steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
+    schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
-    data = {name: fingerprint(source) for name, source in sources.items()}
     run = Run(Path(config.output_dir))
-    position = resume(run, config, trainee, data=data["train"], console=console)
+    position = resume(run, config, trainee, data=data.fingerprints["train"], console=console)
     if accelerator.is_main_process:
-        run.open_(
-            config, runs.manifest(config, data=data, assets=assets, world_size=accelerator.num_processes), audited
+        manifest = runs.manifest(
+            config, data=data.fingerprints, assets=data.assets, world_size=accelerator.num_processes
         )
-    tracker = build_tracker(run, config, trainee, console)
+        run.open_(config, manifest, asdict(data.audited))
 
-    def score(name: str, *, intervals: bool = False) -> dict[str, Any]:
+    def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
         return evaluate_split(
             task,
             trainee.bare_model,
-            rows[name],
-            features[name],
+            data.rows[split],
+            features[split],
             accelerator=accelerator,
             batch_size=config.train.per_device_eval_batch_size,
             intervals=intervals,
@@ -94,22 +103,46 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
         schedule=schedule,
         evaluate=lambda: score("validation"),
         folder=run.checkpoints,
-        tracker=tracker,
+        tracker=build_tracker(run, config, trainee, console),
         position=position,
     )
     checkpoints.load_model(run.checkpoints / f"step-{position.best_step or position.step}", trainee.bare_model)
-    metrics = {name: score(name, intervals=True) for name in ("validation", "test") if name in rows}
+    metrics = {split: score(split, intervals=True) for split in features if split != "train"}
     if accelerator.is_main_process:
         finish(run, config, trainee, features["train"], metrics, console)
     accelerator.wait_for_everyone()
     return run.folder
 
 
+def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Prepared:
+    """Fetch, read, encode and audit the data.
+
+    Raises:
+        UserError: It can not be learned from as it is, or exceeds a limit that the user set.
+    """
+    sources = split_sources(config.data)
+    assets = fetch_assets([config.model.name, *sources.values()], accelerator, console)
+    rows = read_splits(config, sources)
+    task = building.build_task(config, rows["train"])
+    for split in rows:
+        task.check(rows[split], where=sources[split])
+    features = {split: encode(task, rows[split], training=split == "train") for split in rows}
+    audited = audit(
+        rows,
+        columns=TASKS[config.task].columns,
+        lengths={split: features[split]["length"] for split in rows},
+        losses={split: task.account(features[split][:], rows[split]) for split in rows},
+    )
+    tell(console, *summary(audited))
+    check(audited, building.audit_limits(config))
+    return Prepared(task, rows, features, {s: fingerprint(source) for s, source in sources.items()}, assets, audited)
+
+
 def be_deterministic(seed: int) -> None:
     """Seed everything and use deterministic kernels, so that a run can be repeated to the bit on one machine."""
     set_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over every tensor
 
 
 def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: str, console: Console) -> Position:
@@ -120,9 +153,7 @@ def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: str, console:
     """
     accelerator = trainee.accelerator
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
+    say = partial(tell, console)
     path = runs.find_checkpoint(run, config, say=say)
     accelerator.wait_for_everyone()  # every rank has looked before the main one moves anything
     if path is None:
@@ -173,5 +204,5 @@ def finish(
     differences = export(model, task, run.folder, probe=probe, base=building.base_of(config))
     write_json(run.metrics, metrics)
     for name, difference in differences.items():
-        console.print(f"reloaded {name}/: logits within {difference:.1e} of the trained model's", highlight=False)
+        tell(console, f"reloaded {name}/: logits within {difference:.1e} of the trained model's")
     show_end(console, metrics, folder=str(run.folder), task=task.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +30,7 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
     opened = open_model(checkpoint, overrides)
     build_console(opened.accelerator, console)
     columns, data, task = TASKS[opened.task.name].columns, opened.config.data, opened.task
-    if Path(given).exists():
+    if os.path.exists(given):  # unlike Path.exists, no error where a text is too long for a file name
         rows = read_rows(given, columns=columns, mapping=data.columns, need_targets=False, dialect=dialect(data))
     elif looks_like_a_file(given):
         raise UserError("no such file", where=given, expected="a file, or a text")

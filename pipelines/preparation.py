@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator, PartialState
 from rich.console import Console
 
@@ -28,9 +31,19 @@ def build_accelerator(*, bf16: bool | str) -> Accelerator:
 
     Args:
         bf16: ``auto`` uses bf16 where the hardware multiplies it natively.
+
+    Raises:
+        UserError: The launcher started several processes that would each have trained alone.
     """
-    on = supports_bf16(PartialState().device) if bf16 == "auto" else bf16
-    return Accelerator(mixed_precision="bf16" if on else "no")
+    cpu = not torch.accelerator.is_available()  # accelerate joins several processes on a CPU only if told so
+    on = supports_bf16(PartialState(cpu=cpu).device) if bf16 == "auto" else bf16
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if on else "no")
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, of which accelerate joined {accelerator.num_processes}",
+            fix="use --nproc, or torchrun --nproc_per_node",
+        )
+    return accelerator
 
 
 def build_console(accelerator: Accelerator, console: Console | None = None) -> Console:
@@ -47,23 +60,25 @@ def build_console(accelerator: Accelerator, console: Console | None = None) -> C
     return console
 
 
+def tell(console: Console, *lines: str) -> None:
+    """Show plain lines: no markup is read into what may be the user's data."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
 class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
     def emit(self, entry: logging.LogRecord) -> None:
-        self._console.print(entry.getMessage(), highlight=False, markup=False)
+        tell(self._console, entry.getMessage())
 
 
 def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console: Console) -> list[dict[str, Any]]:
     """Make sure that the assets among these paths lie there, whole; return their records."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
     with accelerator.main_process_first():
-        folders = ensure([name for name in names if name], root=Path.cwd(), say=say)
+        folders = ensure([name for name in names if name], root=Path.cwd(), say=partial(tell, console))
     return [content for folder in folders if (content := record(folder)) is not None]
 
 

@@ -38,11 +38,12 @@ def export(model: nn.Module, task: Task, folder: Path, *, probe: Batch, base: di
     trained = _answers(model, probe)
     differences: dict[str, float] = {}
     if isinstance(model, PeftModel):
-        write_whole(folder / "adapter", lambda aside: model.save_pretrained(aside))
+        adapter: PeftModel = model
+        write_whole(folder / "adapter", lambda aside: adapter.save_pretrained(aside))
         fresh = load_model(task.auto_class, **base, **task.model_kwargs()).model
         again = PeftModel.from_pretrained(fresh, folder / "adapter").to(model.device)
         differences["adapter"] = _difference(trained, _answers(again, probe))
-        model = model.merge_and_unload()  # type: ignore[operator]
+        model = adapter.merge_and_unload()
     write_whole(folder / "model", lambda aside: _write_model(model, task, aside))
     reloaded = load_model(task.auto_class, str(folder / "model")).model.to(next(model.parameters()).device)
     differences["model"] = _difference(trained, _answers(reloaded, probe))

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import NonFiniteLossError, UserError
@@ -98,7 +98,7 @@ class Trainee:
     accelerator: Accelerator
     task: Task
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: AcceleratedOptimizer
     scheduler: LRScheduler
     max_grad_norm: float
     seed: int
@@ -245,7 +245,7 @@ def _save(trainee: Trainee, folder: Path, position: Position, *, keep: int) -> N
             checkpoints.save(
                 folder,
                 model=trainee.bare_model,
-                optimizer=trainee.optimizer.optimizer,  # type: ignore[attr-defined]
+                optimizer=trainee.optimizer.optimizer,
                 scheduler=trainee.scheduler,
                 position=position,
             )
