@@ -179,9 +179,8 @@ class Qa:
         """
         best = best_spans(predictions, self.n_best_size, max_answer_length=self.max_answer_length)
         nulls = np.full(len(rows), np.inf)
-        np.minimum.at(
-            nulls, [int(one["row"]) for one in predictions], [float(one["null_score"]) for one in predictions]
-        )
+        for prediction in predictions:
+            nulls[prediction["row"]] = min(nulls[prediction["row"]], prediction["null_score"])
         return [self._answer(row, best.get(i, []), null=float(nulls[i])) for i, row in enumerate(rows)]
 
     def score(self, outputs: Sequence[Output], rows: Rows) -> dict[str, float]:

@@ -37,9 +37,8 @@ HEAD = transformers.AutoModelForSequenceClassification
 def make_rows(labels=None, pairs=False):
     rows = [{"row": i, "text": text} for i, text in enumerate(TEXTS)]
     rows = [row | ({"text_pair": TEXTS[-1 - i]} if pairs else {}) for i, row in enumerate(rows)]
-    return [
-        row | {"label": label} for row, label in zip(rows, labels or LABELS["single_label_classification"], strict=True)
-    ]
+    labels = labels or LABELS["single_label_classification"]
+    return [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
 
 
 def as_columns(rows):
@@ -79,13 +78,6 @@ def test_problem_type_is_found_and_said(bert, problem_type, caplog):
         task = build(bert, make_rows(LABELS[problem_type]))
     assert task.problem_type == problem_type
     assert problem_type in caplog.text
-    assert task.headline in {"accuracy", "micro_f1", "spearman"}
-    assert task.headline in task.score(
-        task.decode(
-            as_predictions(task, make_rows(LABELS[problem_type]), model_for(task)), make_rows(LABELS[problem_type])
-        ),
-        make_rows(LABELS[problem_type]),
-    )
 
 
 def model_for(task, kind="bert"):
@@ -105,6 +97,7 @@ def test_labels_are_sorted_as_numbers_if_they_all_are(bert, labels, expected):
     task = build(bert, make_rows(labels))
     assert task.labels == expected
     assert task.model_kwargs()["id2label"] == dict(enumerate(expected))
+    assert task.model_kwargs()["pad_token_id"] == bert.pad_token_id
     assert task.model_kwargs()["label2id"] == {name: i for i, name in enumerate(expected)}
 
 
@@ -133,13 +126,8 @@ def test_class_weights_weigh_loss_and_count_alike(bert):
     batch = task.collate(as_examples(task.encode(as_columns(rows), training=True)))
     assert task.count(batch).item() == 2 + 0.5 + 2 + 0.5 + 7
     model = model_for(task)
-    weighted_mean = torch.nn.CrossEntropyLoss(weight=torch.tensor([0.5, 7.0, 2.0]))
-    expected = weighted_mean(
-        model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], token_type_ids=batch["token_type_ids"]
-        ).logits,
-        batch["labels"],
-    )
+    logits = task.predict(model, batch)["logits"]
+    expected = torch.nn.CrossEntropyLoss(weight=torch.tensor([0.5, 7.0, 2.0]))(logits, batch["labels"])
     torch.testing.assert_close(task.loss(model, batch) / task.count(batch), expected)
 
 
@@ -197,9 +185,8 @@ def test_windows_cover_a_long_document_and_answer_with_the_mean_logits(tokenizer
     for row, label in zip(features["row"], features["label"], strict=True):
         assert task.labels[label] == rows[row]["label"]
     for row in rows:
-        seen = [
-            ids[1:-1] for ids, owner in zip(features["input_ids"], features["row"], strict=True) if owner == row["row"]
-        ]
+        windows = zip(features["input_ids"], features["row"], strict=True)
+        seen = [ids[1:-1] for ids, owner in windows if owner == row["row"]]
         joined = seen[0] + [token for ids in seen[1:] for token in ids[3:]]
         assert joined == tokenizer(row["text"], add_special_tokens=False)["input_ids"]
     predictions = as_predictions(task, rows, model_for(task))

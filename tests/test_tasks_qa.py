@@ -80,6 +80,17 @@ def test_labels_point_at_the_answer_or_at_cls(tokenizer, max_length):
     assert (len(examples) > 3) == (max_length < 64)
 
 
+def test_an_answer_beside_punctuation_is_labeled_without_it(bert):
+    context = "The cat ( in Paris ) sat on(the)mat"
+    rows = make_rows([("Where ?", "the"), ("Who ?", "in Paris")], context)
+    task = build(bert, rows)
+    for example, answer in zip(
+        as_examples(task.encode(as_columns(rows), training=True)), ("the", "in paris"), strict=True
+    ):
+        ids = example["input_ids"][example["start_positions"] : example["end_positions"] + 1]
+        assert bert.decode(ids) == answer
+
+
 def test_a_window_that_cuts_the_answer_is_labeled_cls_and_the_answer_counted_as_lost(bert):
     rows = make_rows()
     # Four tokens of context fit beside the first question, too few for its answer of five; more beside the others.
@@ -279,7 +290,7 @@ def test_faults_of_the_user_are_named(bert):
     with pytest.raises(UserError, match=r"stride"):
         build(bert, make_rows(), max_length=12, stride=12)
     long = make_rows([("Who sat " * 20, "The cat")])
-    for max_length in (30, 44):  # longer than a window; just too long for the stride
+    for max_length in (30, 47):  # longer than a window; just too long for the stride
         with pytest.raises(UserError, match=r"row 0(.|\n)*model.max_length"):
             build(bert, long, max_length=max_length).encode(as_columns(long), training=True)
     build(bert, long, max_length=48).encode(as_columns(long), training=True)
