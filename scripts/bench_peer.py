@@ -1,0 +1,347 @@
+"""Measure heedful against transformers' Trainer: both sides in one run, on one machine, as ratios.
+
+    make bench-peer                                              # NER: speed, the update's invariance, one whole run
+    make bench-peer ARGS="quality --task classification --seeds 5"
+
+Each side trains in a process of its own (``scripts/peer.py``), so that memory and imports are its own. The sides take
+turns, and so does which goes first: a machine that drifts changes both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+Report = dict[str, Any]
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+SIDES = {"heedful": "heedful", "trainer": "Trainer at its best", "trainer-defaults": "Trainer's defaults"}
+SPEED_TARGETS = {("ner", "trainer"): "1.2", ("ner", "trainer-defaults"): "6"}
+QUALITY_TARGETS = {"ner": 0.866}
+SIDE_ENV = {"TOKENIZERS_PARALLELISM": "true", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""As ``heedful`` itself sets them before it imports anything; the Trainer gets the same."""
+
+ONE_UPDATE = (
+    "train.optim=sgd",
+    "train.learning_rate=1000",  # the update must dwarf the rounding of the parameters it is added to
+    "train.lr_scheduler_type=constant",
+    "train.max_grad_norm=0",
+    "train.max_steps=1",
+    "train.batch_size=8",
+    "train.bf16=false",
+    "data.max_train_samples=500",
+)
+"""A step that shows the gradient itself: AdamW's hides its scale, clipping too."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to share out the same eight examples."""
+
+    name: str
+    micro: int
+    accumulation: int
+    processes: int
+
+
+LAYOUTS = (
+    Layout("batch of 8", 8, 1, 1),
+    Layout("1, accumulated 8 times", 1, 8, 1),
+    Layout("2 processes of 4", 4, 1, 2),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    pairs: int
+    steps: int
+    warmup: int
+    seeds: int
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one measurement found: raw reports, and tables for people."""
+
+    name: str
+    title: str
+    reports: list[Report]
+    tables: str
+
+
+def run_side(
+    side: str, task: str, overrides: Sequence[str], *options: str, processes: int = 1, cpu: bool = False
+) -> Report:
+    """Run one side in a process of its own (or several, through torchrun) and return its report.
+
+    Args:
+        task: The task whose ``configs/<task>.yaml`` is run, or the path of another configuration.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        command = [sys.executable, *launcher, "-m", "scripts.peer", side, _config(task), *overrides]
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+        done = subprocess.run(
+            [*command, "--out", str(out), *options],
+            env={**os.environ, **SIDE_ENV, **hidden},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        report: Report = json.loads(out.read_text(encoding="utf-8"))
+    speed, metrics = report["examples_per_second"], report["metrics"]
+    shown = f"  {report['headline']} {metrics[report['headline']]:.4f}" if metrics else ""
+    typer.echo(f"{report['task']} {side} seed {report['seed']}: {speed:.1f} examples/s{shown}", err=True)
+    return report
+
+
+def measure_speed(task: str, settings: Settings) -> Section:
+    """Training speed over the same number of updates, after a warm-up; the data are encoded beforehand."""
+    reports = []
+    for pair, sides in enumerate(_turns(list(SIDES), settings.pairs)):
+        overrides = (*settings.overrides, f"seed={pair}", f"train.max_steps={settings.warmup + settings.steps}")
+        reports += [run_side(side, task, overrides, f"--warmup={settings.warmup}") for side in sides]
+    title = f"Training speed, {_stem(task)}: {settings.steps} updates after {settings.warmup}, {settings.pairs} runs"
+    return Section(f"speed-{_stem(task)}", title, reports, speed_tables(reports))
+
+
+def measure_quality(task: str, settings: Settings) -> Section:
+    """Whole runs: the test metric of the last model, speed and peak memory."""
+    reports = []
+    for seed, sides in enumerate(_turns(["heedful", "trainer"], settings.seeds)):
+        reports += [run_side(side, task, (*settings.overrides, f"seed={seed}"), "--scored") for side in sides]
+    title = f"Whole runs, {_stem(task)}: seeds 0 to {settings.seeds - 1}"
+    return Section(f"quality-{_stem(task)}", title, reports, quality_tables(reports))
+
+
+def measure_invariance(task: str, settings: Settings) -> Section:
+    """How far one update depends on how its eight examples are shared out; fp32 on the CPU, without dropout."""
+    reports = []
+    for side in ("heedful", "trainer"):
+        with tempfile.TemporaryDirectory() as folder:
+            moves = [_one_update(side, task, layout, settings, folder=Path(folder)) for layout in LAYOUTS]
+        reports += [
+            {"side": side, "layout": layout.name, "device": "cpu", "native_bf16": False, **_compare(move, moves[0])}
+            for layout, move in zip(LAYOUTS, moves, strict=True)
+        ]
+    title = f"One update of 8 examples, {_stem(task)}"
+    return Section(f"invariance-{_stem(task)}", title, reports, invariance_table(reports))
+
+
+def speed_tables(reports: Sequence[Report]) -> str:
+    """Medians of each side, and heedful's speed over each other side's, run by run."""
+    task, medians, ratios = reports[0]["task"], [], []
+    for side, name in SIDES.items():
+        examples, tokens = (median(_values(reports, side, f"{unit}_per_second")) for unit in ("examples", "tokens"))
+        medians.append([name, f"{examples:.1f}", f"{tokens:,.0f}"])
+        if side != "heedful":
+            ratio = _ratio_row(f"examples/s, heedful / {name}", reports, side, "examples_per_second")
+            ratios.append([*ratio, SPEED_TARGETS.get((task, side), "")])
+    return "\n\n".join(
+        [
+            _table(["side", "examples/s (median)", "tokens/s (median)"], medians),
+            _table(["ratio", "median", "least", "greatest", "at least"], ratios),
+        ]
+    )
+
+
+def quality_tables(reports: Sequence[Report]) -> str:
+    """The test metric with its paired difference, and the ratios of speed and memory over whole runs."""
+    headline, task = reports[0]["headline"], reports[0]["task"]
+    ours, theirs = ([report["metrics"][headline] for report in _of(reports, side)] for side in ("heedful", "trainer"))
+    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    low, high = _interval95(differences)
+    scores = [
+        _score_row(f"heedful, test {headline}", ours, ".4f"),
+        _score_row(f"Trainer at its best, test {headline}", theirs, ".4f"),
+        _score_row(f"difference, seed by seed (95 % interval {low:+.4f} to {high:+.4f})", differences, "+.4f"),
+    ]
+    ratios = [
+        _ratio_row("training examples/s, heedful / Trainer at its best", reports, "trainer", "examples_per_second"),
+        _ratio_row("peak memory, heedful / Trainer at its best", reports, "trainer", "peak_mib"),
+    ]
+    aim = f"\n\nAim: at least {QUALITY_TARGETS[task]}." if task in QUALITY_TARGETS else ""
+    return (
+        _table(["", "mean", "least", "greatest"], scores)
+        + "\n\n"
+        + _table(["ratio", "median", "least", "greatest"], ratios)
+        + aim
+    )
+
+
+def invariance_table(reports: Sequence[Report]) -> str:
+    """Each layout's update against that of the batch of 8."""
+    rows = [
+        [SIDES[report["side"]], report["layout"], f"{report['difference']:.1e}", f"{report['ratio']:.4f}"]
+        for report in reports
+    ]
+    return _table(["side", "layout", "relative difference of the update", "ratio of its norm"], rows)
+
+
+def write_section(path: Path, section: Section, preface: str) -> None:
+    """Put the section between its markers in a Markdown file, or at the file's end."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    begin, end = f"<!-- {section.name} -->", f"<!-- /{section.name} -->"
+    block = f"{begin}\n### {section.title}\n\n{preface}\n\n{section.tables}\n{end}"
+    if begin in text:
+        text = re.sub(f"{begin}.*?{end}", lambda _: block, text, flags=re.DOTALL)
+    else:
+        text = f"{text.rstrip()}\n\n{block}\n".lstrip()
+    path.write_text(text, encoding="utf-8")
+
+
+def circumstances(reports: Sequence[Report]) -> dict[str, Any]:
+    """The machine, the versions and the command."""
+    device = reports[0]["device"]
+    return {
+        "command": f'make bench-peer ARGS="{shlex.join(sys.argv[1:])}"',
+        "device": _cpu() if device == "cpu" else device,
+        "bf16": "native" if reports[0]["native_bf16"] else "not native, so fp32 on both sides",
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+class Mode(StrEnum):
+    """What to measure."""
+
+    SPEED = "speed"
+    INVARIANCE = "invariance"
+    QUALITY = "quality"
+
+
+MEASURES: dict[Mode, Callable[[str, Settings], Section]] = {
+    Mode.SPEED: measure_speed,
+    Mode.INVARIANCE: measure_invariance,
+    Mode.QUALITY: measure_quality,
+}
+
+
+def main(
+    modes: Annotated[list[Mode] | None, typer.Argument(help="All three, if none is named.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="ner (if none is named), ..., or a YAML file.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Times that each side's speed is measured.")] = 3,
+    # The Trainer's sampler sorts within groups of 50 batches: any 50 in a row hold each length in its share.
+    steps: Annotated[int, typer.Option(min=1, help="Updates timed; best a multiple of 50.")] = 50,
+    seeds: Annotated[int, typer.Option(min=1, help="Whole runs of each side.")] = 1,
+    override: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, for both sides.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Put the tables into this Markdown file.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Store the raw figures in this folder, as JSON.")] = None,
+) -> None:
+    """Measure heedful against transformers' Trainer."""
+    settings = Settings(pairs, steps, max(1, steps // 5), seeds, tuple(override or ()))
+    for mode in modes or list(MEASURES):
+        for name in task or ["ner"]:
+            section = MEASURES[mode](name, settings)
+            facts = circumstances(section.reports)
+            preface = "; ".join(f"{key}: {value}" for key, value in facts.items())
+            typer.echo(f"\n### {section.title}\n\n{preface}\n\n{section.tables}\n")
+            if write is not None:
+                write_section(write, section, preface)
+            if results is not None:
+                results.mkdir(parents=True, exist_ok=True)
+                content = json.dumps({**facts, "reports": section.reports}, indent=1)
+                (results / f"{section.name}.json").write_text(content + "\n", encoding="utf-8")
+
+
+def _config(task: str) -> str:
+    return task if task.endswith((".yaml", ".yml")) else f"configs/{task}.yaml"
+
+
+def _stem(task: str) -> str:
+    return Path(_config(task)).stem
+
+
+def _turns(sides: list[str], times: int) -> Iterator[list[str]]:
+    """The sides in order, then in reverse, and so on."""
+    for i in range(times):
+        yield sides if i % 2 == 0 else sides[::-1]
+
+
+def _one_update(side: str, task: str, layout: Layout, settings: Settings, *, folder: Path) -> Any:
+    path = folder / f"{layout.processes}-{layout.micro}.npy"
+    overrides = (
+        *settings.overrides,
+        *ONE_UPDATE,
+        f"train.per_device_train_batch_size={layout.micro}",
+        f"train.gradient_accumulation_steps={layout.accumulation}",
+    )
+    options = (f"--update={path}", "--max-features=8", "--warmup=0")
+    run_side(side, task, overrides, *options, processes=layout.processes, cpu=True)
+    return np.load(path).astype(np.float64)
+
+
+def _compare(move: Any, reference: Any) -> dict[str, float]:
+    norm = float(np.linalg.norm(reference))
+    return {
+        "difference": float(np.linalg.norm(move - reference)) / norm,
+        "ratio": float(np.linalg.norm(move)) / norm,
+    }
+
+
+def _of(reports: Sequence[Report], side: str) -> list[Report]:
+    """One side's reports, by seed, so that those of two sides are pairs."""
+    return sorted((report for report in reports if report["side"] == side), key=lambda report: report["seed"])
+
+
+def _values(reports: Sequence[Report], side: str, figure: str) -> list[float]:
+    return [float(report[figure]) for report in _of(reports, side)]
+
+
+def _ratio_row(name: str, reports: Sequence[Report], side: str, figure: str) -> list[str]:
+    pairs = zip(_values(reports, "heedful", figure), _values(reports, side, figure), strict=True)
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return [name, f"{median(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
+
+
+def _score_row(name: str, scores: Sequence[float], form: str) -> list[str]:
+    return [name, *(format(figure, form) for figure in (mean(scores), min(scores), max(scores)))]
+
+
+def _interval95(values: Sequence[float]) -> tuple[float, float]:
+    """Student's interval of the mean; unknown for a single value."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return mean(values) - half, mean(values) + half
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cpu() -> str:
+    """Model of the processor, and how many of its cores this machine has."""
+    info: Mapping[str, str] = {}
+    if (path := Path("/proc/cpuinfo")).is_file():
+        info = dict(re.findall(r"^(.+?)\s*: (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return f"{info.get('model name', platform.machine())}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,129 @@
+"""The comparison with the Trainer, on a tiny model: both sides run here, and the figures are what they claim to be."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+
+from scripts import bench_peer, peer
+from scripts.bench_peer import Section, Settings
+from tests.tiny_text import make_model, make_tokenizer
+
+TEXTS = ["the cat sat", "a dog ran far away over the hill", "cats", "dogs run", "the dog", "a cat sat on the hill"]
+BATCH = 4
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration of 36 short texts, nine updates an epoch."""
+    make_model("bert", transformers.AutoModelForMaskedLM).save_pretrained(tmp_path / "model")
+    make_tokenizer("bert", TEXTS * 50).save_pretrained(tmp_path / "model")
+    rows = {"text": TEXTS * 6, "label": ["dog" if "dog" in text else "cat" for text in TEXTS] * 6}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}.parquet")
+    content = {
+        "task": "classification",
+        "model": {"name": str(tmp_path / "model"), "max_length": 16},
+        "data": {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")},
+        "train": {"batch_size": BATCH, "num_train_epochs": 2, "learning_rate": 1e-3},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def sides_here(monkeypatch, tmp_path):
+    """Run the sides in this process, where everything is imported; two processes are left to the real thing."""
+    calls = []
+
+    def run_here(side, task, overrides, *options, processes=1, cpu=False):
+        calls.append(side)
+        named = dict(option.removeprefix("--").split("=") for option in options if "=" in option)
+        numbers = {"warmup": int(named.get("warmup", 1)), "max_features": named.get("max-features")}
+        numbers["max_features"] = numbers["max_features"] and int(numbers["max_features"])
+        paths = {"out": tmp_path / "out.json", "update": named.get("update")}
+        peer.main(side, task, overrides=list(overrides), scored="--scored" in options, **numbers, **paths)
+        return json.loads(paths["out"].read_text())
+
+    monkeypatch.setattr(bench_peer, "run_side", run_here)
+    monkeypatch.setattr(bench_peer, "LAYOUTS", bench_peer.LAYOUTS[:2])
+    yield calls
+    torch.use_deterministic_algorithms(False)
+
+
+def test_whole_runs_of_both_sides_see_the_same_tokens_and_take_turns(config, sides_here):
+    section = bench_peer.measure_quality(config, Settings(1, 5, 1, 2, ()))
+    assert sides_here == ["heedful", "trainer", "trainer", "heedful"]
+    assert [report["steps"] for report in section.reports] == [17] * 4  # two epochs of nine, one update to warm up
+    assert all(0 <= report["metrics"]["accuracy"] <= 1 and report["peak_mib"] > 10 for report in section.reports)
+    assert "heedful, test accuracy" in section.tables
+
+
+def test_speed_counts_the_tokens_of_the_timed_updates_alone(config, monkeypatch, sides_here):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(peer, "_now", lambda: float(next(ticks)))  # one second between start and end
+    overrides = ("train.train_sampling_strategy=sequential", "data.max_train_samples=36")
+    section = bench_peer.measure_speed(config, Settings(1, 2, 1, 1, overrides))
+    reports = {report["side"]: report for report in section.reports}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(config).with_name("model"))
+    lengths = [len(ids) for ids in tokenizer(TEXTS * 6)["input_ids"]]
+    for side in ("heedful", "trainer"):
+        assert reports[side]["tokens_per_second"] == sum(lengths[BATCH : 3 * BATCH])
+        rate = reports[side]["tokens_per_second"] * len(lengths) / sum(lengths)
+        assert reports[side]["examples_per_second"] == pytest.approx(rate)
+    assert "heedful / Trainer's defaults" in section.tables
+
+
+def test_heedfuls_update_does_not_depend_on_the_layout(config, sides_here):
+    section = bench_peer.measure_invariance(config, Settings(1, 1, 1, 1, ()))
+    accumulated = {report["side"]: report for report in section.reports if "accumulated" in report["layout"]}
+    assert accumulated["heedful"]["difference"] < 1e-5
+    assert accumulated["heedful"]["ratio"] == pytest.approx(1)
+    assert np.isfinite(accumulated["trainer"]["ratio"])
+
+
+def test_an_update_is_compared_by_norm():
+    found = bench_peer._compare(np.array([6.0, 8.0]), np.array([3.0, 4.0]))
+    assert found == {"difference": 1.0, "ratio": 2.0}
+
+
+def test_stopwatch_starts_after_the_warm_up_and_stops_at_the_last_update(monkeypatch):
+    now = iter([10.0, 13.0])
+    monkeypatch.setattr(peer, "_now", lambda: next(now))
+    watch = peer.Stopwatch(warmup=2, steps=3)
+    for tokens in (1, 2, 4, 8, 16):
+        watch.step_done(tokens)
+    assert (watch.seconds, watch.tokens) == (3.0, 28)
+
+
+def test_ratios_are_taken_seed_by_seed():
+    speeds = {("heedful", 0): 30, ("trainer", 0): 10, ("heedful", 1): 10, ("trainer", 1): 20}
+    reports = [
+        {"side": side, "seed": seed, "examples_per_second": speed, "peak_mib": speed}
+        | {"task": "ner", "headline": "f1", "metrics": {"f1": speed / 100}}
+        for (side, seed), speed in reversed(speeds.items())
+    ]
+    tables = bench_peer.quality_tables(reports)
+    assert "| training examples/s, heedful / Trainer at its best | 1.75 | 0.50 | 3.00 |" in tables
+    assert "| +0.0500 | -0.1000 | +0.2000 |" in tables
+
+
+def test_interval_is_students():
+    assert bench_peer._interval95([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert np.isnan(bench_peer._interval95([1.0])).all()
+
+
+def test_a_section_is_replaced_in_place(tmp_path):
+    path = tmp_path / "benchmarks.md"
+    path.write_text("# Title\n")
+    for name, table in (("one", "old"), ("two", "other"), ("one", r"new \1")):
+        bench_peer.write_section(path, Section(name, name.title(), [], table), "how")
+    text = path.read_text()
+    assert text.startswith("# Title\n")
+    assert text.index(r"new \1") < text.index("other")
+    assert "old" not in text
