@@ -6,7 +6,8 @@ from collections import defaultdict
 import datasets
 import torch
 import transformers
-from tiny_text import make_tokenizer
+from tiny_text import SPECIAL, make_tokenizer
+from tokenizers.models import WordPiece
 
 from tasks import TASKS
 
@@ -62,6 +63,18 @@ WORDS = ["Anna", "Paul", "Berlin", "the", "cat", "sat", "on", "mat", "dog", "bar
 TAGS = {"Anna": "B-PER", "Paul": "B-PER", "Berlin": "B-LOC"}
 
 
+def tokenizer_for(family):
+    """A tokenizer with the same ids in every process, which WordPiece's trainer does not promise."""
+    if family not in {"bert", "electra", "deberta-v2"}:
+        return make_tokenizer("roberta", TEXTS)
+    tokenizer = make_tokenizer("bert", TEXTS)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    words = sorted({word.lower() for word in WORDS})
+    tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]
+    tokenizer.backend_tokenizer.model = WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]")
+    return tokenizer
+
+
 def make_rows(task, count=16, *, seed=0):
     """Rows of very uneven lengths and numbers of targets."""
     draw = random.Random(seed)
@@ -86,7 +99,7 @@ def make_rows(task, count=16, *, seed=0):
 def make_task(name, family="bert", *, count=16, max_length=32):
     """A task as ``finetune`` builds it, its rows and their features."""
     rows = make_rows(name, count)
-    tokenizer = make_tokenizer("bert" if family in {"bert", "electra", "deberta-v2"} else "roberta", [*TEXTS, *WORDS])
+    tokenizer = tokenizer_for(family)
     kind, options = TASKS[name].load(), TASKS[name].options()
     task = kind.build(tokenizer, rows, max_length=max_length, stride=4, options=options)
     return task, rows, datasets.Dataset.from_dict(task.encode(rows[:], training=True))
