@@ -35,10 +35,7 @@ def common(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    _debug.append(debug)
-
-
-_debug: list[bool] = []
+    # --debug is looked for in main(), where the errors arrive.
 
 
 @app.command()
@@ -115,7 +112,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        if any(_debug):
+        if "--debug" in sys.argv:
             raise
         if _is_main():
             Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]\n{_escape(error)}", highlight=False)

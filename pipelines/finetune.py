@@ -77,6 +77,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
+    check_headline(trainee, data, schedule.headline, console)
     run = Run(Path(config.output_dir))
     position = resume(run, config, trainee, data=data.fingerprints["train"], console=console)
     if accelerator.is_main_process:
@@ -136,6 +137,28 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     tell(console, *summary(audited))
     check(audited, building.audit_limits(config))
     return Prepared(task, rows, features, {s: fingerprint(source) for s, source in sources.items()}, assets, audited)
+
+
+def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Console) -> None:
+    """Score two validation rows before anything is written, so that a metric that is not there is not found out late.
+
+    Raises:
+        UserError: The task has no such metric.
+    """
+    if "validation" not in data.rows:
+        tell(console, "no validation data: nothing is evaluated in training, and the last model is the result")
+        return
+    few = data.rows["validation"].select(range(min(2, len(data.rows["validation"]))))
+    features = encode(trainee.task, few, training=False)
+    metrics = evaluate_split(
+        trainee.task, trainee.bare_model, few, features, accelerator=trainee.accelerator, batch_size=2
+    )
+    if headline not in metrics:
+        raise UserError(
+            f"no metric {headline!r}",
+            where="train.metric_for_best_model",
+            expected=f"one of: {', '.join(metrics)}",
+        )
 
 
 def be_deterministic(seed: int) -> None:

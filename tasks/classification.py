@@ -37,7 +37,7 @@ HEADLINES: dict[ProblemType, str] = {
 MULTI_LABEL_THRESHOLD = 0.5
 """A label is given where its probability is greater."""
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("heedful.tasks.classification")
 
 
 @dataclass(frozen=True)

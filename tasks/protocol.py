@@ -37,8 +37,16 @@ class Task(Protocol):
 
     name: ClassVar[str]
     auto_class: ClassVar[type]
-    headline: ClassVar[str]
-    """The metric that picks the best checkpoint; greater is better unless it is in ``tasks.LOWER_IS_BETTER``."""
+    tokenizer_kwargs: ClassVar[dict[str, Any]]
+    """What the tokenizer must be loaded with for this task."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own. A field of the dataclass."""
+
+    @property
+    def headline(self) -> str:
+        """The metric that picks the best checkpoint; greater is better. A plain class variable will do."""
 
     @classmethod
     def build(

@@ -1,0 +1,236 @@
+"""The verbs as a user meets them: files on a disk in, messages and exit codes out. Every fault is one message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_families import make_rows, save_body
+from transformers import pipeline
+
+from pipelines import cli
+
+HEADER = "text,label\n"
+GOOD = HEADER + "".join(
+    f"the cat {word} {'dog' * i},{'ab'[i % 2]}\n" for i, word in enumerate(["sat", "on", "mat"] * 4)
+)
+
+
+@pytest.fixture
+def cli_run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["heedful", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a tiny model, two good splits and a configuration for a run of two steps."""
+    monkeypatch.chdir(tmp_path)
+    save_body("bert", "model")
+    Path("train.csv").write_text(GOOD)
+    Path("dev.csv").write_text(GOOD)
+    write_config(task="classification")
+    return tmp_path
+
+
+def write_config(*, task, train="train.csv", validation="dev.csv"):
+    values = {
+        "task": task,
+        "model": {"name": "./model", "max_length": 32},
+        "data": {"train": train, "validation": validation, "stride": 8},
+        "train": {"max_steps": 2, "batch_size": 4, "logging_steps": 1},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_finetune_leaves_what_the_contract_names(project, cli_run):
+    code, _, log = cli_run("finetune", "run.yaml")
+    assert code == 0, log
+    run = project / "runs/run"
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "config.yaml",
+        "manifest.json",
+        "history.jsonl",
+        "metrics.json",
+        "audit.json",
+        "checkpoints",
+        "model",
+    } <= names
+    metrics = json.loads((run / "metrics.json").read_text())["validation"]
+    assert {"accuracy", "macro_f1", "mcc"} <= metrics.keys()
+    low, high = metrics["accuracy_ci95"]
+    assert low <= metrics["accuracy"] <= high
+    assert len((run / "history.jsonl").read_text().splitlines()) == 3  # two steps and one evaluation
+    assert (run / "checkpoints/step-2/MANIFEST.json").is_file()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["data"].keys() == {"train", "validation"}
+    classifier = pipeline("text-classification", model=str(run / "model"))
+    assert classifier("the cat sat")[0]["label"] in {"a", "b"}
+
+
+@pytest.mark.parametrize("task", ["classification", "ner", "qa"])
+def test_every_verb_of_every_task(task, project, cli_run):
+    for name, seed in {"train": 0, "dev": 1}.items():
+        make_rows(task, 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
+    write_config(task=task, train="train.jsonl", validation="dev.jsonl")
+    code, _, log = cli_run("finetune", "run.yaml", "lora.r=2")
+    assert code == 0, log
+    stored = json.loads(Path("runs/run/metrics.json").read_text())
+    code, out, log = cli_run("evaluate", "runs/run")
+    assert code == 0, log
+    assert json.loads(out) == stored
+    given = "dev.jsonl" if task == "qa" else "Anna met the cat"
+    code, out, log = cli_run("predict", "runs/run/model", given)
+    assert code == 0, log
+    assert len([json.loads(line) for line in out.splitlines()]) == (12 if task == "qa" else 1)
+    assert {path.name for path in Path("runs/run/adapter").iterdir()} >= {"adapter_config.json", "MANIFEST.json"}
+
+
+def test_a_former_run_is_moved_aside_not_overwritten(project, cli_run):
+    cli_run("finetune", "run.yaml")
+    before = Path("runs/run/manifest.json").read_text()
+    log = cli_run("finetune", "run.yaml")[2]
+    assert "the former runs/run is now runs/run.1" in log
+    assert Path("runs/run.1/manifest.json").read_text() == before
+
+
+def test_without_validation_the_last_model_is_kept_and_it_is_said(project, cli_run):
+    code, _, log = cli_run("finetune", "run.yaml", "data.validation=null")
+    assert code == 0
+    assert "no validation data" in log
+    assert json.loads(Path("runs/run/metrics.json").read_text()) == {}
+
+
+BAD_FILES = {
+    "empty": ("", "0 rows|empty"),
+    "header only": (HEADER, "0 rows"),
+    "wrong delimiter": (GOOD.replace(",", ";"), "delimiter"),
+    "wrong columns": (GOOD.replace("text,label", "a,b"), "data.columns.text"),
+    "missing column": ("text\nhello\nworld\n", "label"),
+    "one class only": (HEADER + "x,a\ny,a\n", "at least two classes"),
+    "missing label": (HEADER + "x,a\ny,\nz,b\n", "row|line"),
+    "not utf-8": (GOOD.encode() + b"caf\xe9,a\n", "utf-8"),
+    "ragged": (GOOD + "too,many,cells\n", "line 14"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_ends_with_one_message(name, project, cli_run):
+    content, expected = BAD_FILES[name]
+    Path("train.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(cli_run("finetune", "run.yaml"), expected)
+
+
+def refused(result, expected):
+    code, _, log = result
+    assert code == 2, log
+    assert "Traceback" not in log
+    assert log.count("error\n") == 1
+    assert any(word.lower() in log.lower() for word in expected.split("|")), log
+    assert not Path("runs").exists(), "nothing may be written"
+
+
+def test_broken_json_line_is_named(project, cli_run):
+    Path("train.jsonl").write_text('{"text": "x", "label": "a"}\n{"text": "y", "label"\n')
+    refused(cli_run("finetune", "run.yaml", "data.train=train.jsonl"), "line 2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.train=trian.csv"], "train.csv"),
+        (["data.validation=unseen.csv"], "'c'"),
+        (["model.max_length=100"], "64"),
+        (["model.name=./nothing"], "no such model folder"),
+        (["model.name=./bare"], "tokenizer files"),
+        (["model.name=./flipped"], "broken"),
+        (["model.name=./nan"], "NaN"),
+        (["train.learning_rat=1"], "train.learning_rate"),
+        (["task=clasification"], "classification"),
+        (["train.per_device_train_batch_size=3", "train.gradient_accumulation_steps=2"], "train.batch_size=4"),
+        (["train.metric_for_best_model=acuracy"], "accuracy"),
+        (["data.max_leak_fraction=0.1"], "leak"),
+        (["resume=./nowhere"], "checkpoint"),
+        (["nonsense"], "KEY=VALUE"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_setting_ends_with_one_message(overrides, expected, project, cli_run):
+    Path("unseen.csv").write_text(HEADER + "x,a\ny,b\nz,c\n")
+    save_body("bert", "bare")
+    for file in Path("bare").glob("*token*"):
+        file.unlink()
+    save_body("bert", "flipped")
+    content = Path("flipped/model.safetensors").read_bytes()
+    Path("flipped/model.safetensors").write_bytes(content[: len(content) // 2])
+    save_body("bert", "nan")
+    weights = load_file("nan/model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, "nan/model.safetensors", metadata={"format": "pt"})
+    refused(cli_run("finetune", "run.yaml", *overrides), expected)
+
+
+def test_flipped_byte_in_a_finished_model_is_refused(project, cli_run):
+    cli_run("finetune", "run.yaml")
+    file = Path("runs/run/model/model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for verb in (["evaluate", "runs/run"], ["predict", "runs/run", "hello"]):
+        code, _, log = cli_run(*verb)
+        assert code == 2
+        assert "model.safetensors does not match its hash" in log
+
+
+def test_head_for_other_labels_is_refused_and_new_head_accepted(project, cli_run):
+    cli_run("finetune", "run.yaml")
+    Path("three.csv").write_text(GOOD + "rain,c\n")
+    again = ["finetune", "run.yaml", "model.name=runs/run/model", "data.train=three.csv", "output_dir=runs/again"]
+    code, _, log = cli_run(*again)
+    assert code == 2
+    assert "model.init=new_head" in log
+    assert cli_run(*again, "model.init=new_head")[0] == 0
+
+
+def test_nan_loss_exits_with_3(project, cli_run):
+    code, _, log = cli_run(
+        "finetune", "run.yaml", "train.learning_rate=1e38", "train.max_grad_norm=0", "train.max_steps=50"
+    )
+    assert code == 3, log
+    assert "training rows" in log
+
+
+def test_predict_refuses_a_mistyped_file_and_takes_a_long_text(project, cli_run):
+    cli_run("finetune", "run.yaml")
+    assert cli_run("predict", "runs/run", "rows.csv")[0] == 2
+    assert cli_run("predict", "runs/run", "the cat " * 200)[0] == 0
+
+
+def test_wandb_offline_records_the_run(project, cli_run):
+    code, _, log = cli_run("finetune", "run.yaml", "tracking.wandb=offline")
+    assert code == 0, log
+    assert list(Path("runs/run/wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_help_needs_no_torch_and_lists_the_verbs():
+    script = (
+        "import sys; sys.argv = ['heedful', '--help']\n"
+        "from pipelines import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert all(verb in shown for verb in ("finetune", "evaluate", "predict", "config"))

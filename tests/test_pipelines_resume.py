@@ -1,0 +1,137 @@
+"""A run that was killed anywhere and resumed is the run that was not: every loss to the bit, and every weight."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_families import make_rows, save_body
+
+HERE = Path(__file__).parent
+POINTS = ("update:3", "file:4:optimizer.safetensors", "rename:8", "update:11", "file:12:model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Dropout on, saved and evaluated in mid-epoch, more than one epoch."""
+    folder = tmp_path_factory.mktemp("resume")
+    save_body("bert", folder / "model")
+    for split, seed in {"train": 0, "validation": 1}.items():
+        make_rows("classification", 36, seed=seed).remove_columns("row").to_json(folder / f"{split}.jsonl")
+    values = {
+        "task": "classification",
+        "model": {"name": str(folder / "model"), "max_length": 32},
+        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")},
+        "train": {
+            "batch_size": 8,
+            "max_steps": 14,
+            "logging_steps": 1,
+            "save_steps": 4,
+            "eval_steps": 5,
+            "learning_rate": 1e-3,
+            "warmup_steps": 3,
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(config, output_dir, *, point="never", processes=1, overrides=()):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run(
+        [
+            sys.executable,
+            *launch,
+            str(HERE / "killed_run.py"),
+            point,
+            str(config),
+            f"output_dir={output_dir}",
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def facts(folder):
+    """What must be equal: every logged figure but the speed, the metrics, every file of the model."""
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return (
+        lines,
+        json.loads((folder / "metrics.json").read_text()),
+        json.loads((folder / "model/MANIFEST.json").read_text()),
+    )
+
+
+def finish_through_kills(config, folder, points, *, processes=1):
+    for point in points:
+        killed = run(config, folder, point=point, processes=processes, overrides=["resume=auto"])
+        assert killed.returncode == (-signal.SIGKILL if processes == 1 else 1), killed.stderr
+    resumed = run(config, folder, processes=processes, overrides=["resume=auto"])
+    assert resumed.returncode == 0, resumed.stderr
+    return resumed.stderr
+
+
+def test_killed_and_resumed_run_is_bitwise_the_whole_one(config, tmp_path):
+    assert run(config, tmp_path / "whole").returncode == 0
+    log = finish_through_kills(config, tmp_path / "killed", POINTS[1:4])
+    assert "resuming after step" in log
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
+def test_two_killed_processes_resume_bitwise(config, tmp_path):
+    assert run(config, tmp_path / "whole", processes=2).returncode == 0
+    finish_through_kills(config, tmp_path / "killed", POINTS[2:3], processes=2)
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("lora", [[], ["lora.r=2"]], ids=["full", "lora"])
+def test_every_kill_point(config, tmp_path, processes, lora):
+    assert run(config, tmp_path / "whole", processes=processes, overrides=lora).returncode == 0
+    for point in POINTS:
+        run(config, tmp_path / "killed", point=point, processes=processes, overrides=["resume=auto", *lora])
+    assert run(config, tmp_path / "killed", processes=processes, overrides=["resume=auto", *lora]).returncode == 0
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
+def test_flipped_byte_in_the_newest_checkpoint_falls_back_and_says_so(config, tmp_path):
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "broken", point="update:13")
+    newest = tmp_path / "broken/checkpoints/step-12/optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    resumed = run(config, tmp_path / "broken", overrides=["resume=auto"])
+    assert "skipping step-12: optimizer.safetensors does not match its hash" in resumed.stderr
+    assert facts(tmp_path / "broken") == facts(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_exits_143(config, tmp_path):
+    command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={tmp_path / 'run'}"]
+    long = ["train.max_steps=100000", "train.eval_steps=90000", "train.save_steps=90000"]
+    child = subprocess.Popen([*command, *long], cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
+    history = tmp_path / "run/history.jsonl"
+    while not (history.exists() and history.read_text().count("\n") > 3):
+        assert child.poll() is None, child.stderr.read()
+    os.kill(child.pid, signal.SIGTERM)
+    _, log = child.communicate(timeout=60)
+    assert child.returncode == 143, log
+    assert "stopped by SIGTERM after saving step" in log
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+
+
+def test_resume_with_other_settings_is_refused(config, tmp_path):
+    run(config, tmp_path / "run", point="update:6")
+    refused = run(config, tmp_path / "run", overrides=["resume=auto", "train.learning_rate=0.5"])
+    assert "train.learning_rate=0.5 (was 0.001)" in refused.stderr
