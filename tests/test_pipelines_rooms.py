@@ -1,0 +1,37 @@
+"""The walls of the house: imports run one way, and the wheel holds every room."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("heedful", "sources", "tasks", "training", "pipelines")
+"""From the ground floor up; a room may import those below it."""
+
+
+def files(room):
+    return [ROOT / f"{room}.py"] if room == "heedful" else sorted((ROOT / room).rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    above = set(ROOMS[ROOMS.index(room) + 1 :]) | {"tests", "scripts"}
+    found = files(room)
+    assert found
+    assert {(str(path), name) for path in found for name in imported(path) if name in above} == set()
+
+
+def test_every_package_is_listed_for_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for room in ROOMS[1:] for path in files(room)}
+    assert {str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders} == set(listed)
