@@ -84,6 +84,7 @@ class Section:
 
     name: str
     title: str
+    command: str
     reports: list[Report]
     tables: str
 
@@ -124,7 +125,8 @@ def measure_speed(task: str, settings: Settings) -> Section:
         overrides = (*settings.overrides, f"seed={pair}", f"train.max_steps={settings.warmup + settings.steps}")
         reports += [run_side(side, task, overrides, f"--warmup={settings.warmup}") for side in sides]
     title = f"Training speed, {_stem(task)}: {settings.steps} updates after {settings.warmup}, {settings.pairs} runs"
-    return Section(f"speed-{_stem(task)}", title, reports, speed_tables(reports))
+    command = f"speed --task {task} --pairs {settings.pairs} --steps {settings.steps}"
+    return Section(f"speed-{_stem(task)}", title, command, reports, speed_tables(reports))
 
 
 def measure_quality(task: str, settings: Settings) -> Section:
@@ -133,7 +135,8 @@ def measure_quality(task: str, settings: Settings) -> Section:
     for seed, sides in enumerate(_turns(["heedful", "trainer"], settings.seeds)):
         reports += [run_side(side, task, (*settings.overrides, f"seed={seed}"), "--scored") for side in sides]
     title = f"Whole runs, {_stem(task)}: seeds 0 to {settings.seeds - 1}"
-    return Section(f"quality-{_stem(task)}", title, reports, quality_tables(reports))
+    command = f"quality --task {task} --seeds {settings.seeds}"
+    return Section(f"quality-{_stem(task)}", title, command, reports, quality_tables(reports))
 
 
 def measure_invariance(task: str, settings: Settings) -> Section:
@@ -147,7 +150,7 @@ def measure_invariance(task: str, settings: Settings) -> Section:
             for layout, move in zip(LAYOUTS, moves, strict=True)
         ]
     title = f"One update of 8 examples, {_stem(task)}"
-    return Section(f"invariance-{_stem(task)}", title, reports, invariance_table(reports))
+    return Section(f"invariance-{_stem(task)}", title, f"invariance --task {task}", reports, invariance_table(reports))
 
 
 def speed_tables(reports: Sequence[Report]) -> str:
@@ -172,11 +175,10 @@ def quality_tables(reports: Sequence[Report]) -> str:
     headline, task = reports[0]["headline"], reports[0]["task"]
     ours, theirs = ([report["metrics"][headline] for report in _of(reports, side)] for side in ("heedful", "trainer"))
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
-    low, high = _interval95(differences)
     scores = [
         _score_row(f"heedful, test {headline}", ours, ".4f"),
         _score_row(f"Trainer at its best, test {headline}", theirs, ".4f"),
-        _score_row(f"difference, seed by seed (95 % interval {low:+.4f} to {high:+.4f})", differences, "+.4f"),
+        _score_row(f"difference, seed by seed{_interval95(differences)}", differences, "+.4f"),
     ]
     ratios = [
         _ratio_row("training examples/s, heedful / Trainer at its best", reports, "trainer", "examples_per_second"),
@@ -212,13 +214,14 @@ def write_section(path: Path, section: Section, preface: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def circumstances(reports: Sequence[Report]) -> dict[str, Any]:
-    """The machine, the versions and the command."""
-    device = reports[0]["device"]
+def circumstances(section: Section, settings: Settings) -> dict[str, str]:
+    """The command, the machine and the versions."""
+    report = section.reports[0]
+    changes = "".join(f" --set {override}" for override in settings.overrides)
     return {
-        "command": f'make bench-peer ARGS="{shlex.join(sys.argv[1:])}"',
-        "device": _cpu() if device == "cpu" else device,
-        "bf16": "native" if reports[0]["native_bf16"] else "not native, so fp32 on both sides",
+        "command": f'make bench-peer ARGS="{section.command}{changes}"',
+        "device": _cpu() if report["device"] == "cpu" else report["device"],
+        "bf16": "native" if report["native_bf16"] else "not native, so fp32 on both sides",
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
@@ -255,8 +258,8 @@ def main(
     for mode in modes or list(MEASURES):
         for name in task or ["ner"]:
             section = MEASURES[mode](name, settings)
-            facts = circumstances(section.reports)
-            preface = "; ".join(f"{key}: {value}" for key, value in facts.items())
+            facts = circumstances(section, settings)
+            preface = f"`{facts['command']}`. " + ", ".join(f"{k}: {v}" for k, v in facts.items() if k != "command")
             typer.echo(f"\n### {section.title}\n\n{preface}\n\n{section.tables}\n")
             if write is not None:
                 write_section(write, section, preface)
@@ -320,14 +323,14 @@ def _score_row(name: str, scores: Sequence[float], form: str) -> list[str]:
     return [name, *(format(figure, form) for figure in (mean(scores), min(scores), max(scores)))]
 
 
-def _interval95(values: Sequence[float]) -> tuple[float, float]:
-    """Student's interval of the mean; unknown for a single value."""
+def _interval95(values: Sequence[float]) -> str:
+    """Student's interval of the mean, in words; nothing for a single value."""
     if len(values) < 2:
-        return float("nan"), float("nan")
+        return ""
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return mean(values) - half, mean(values) + half
+    return f" (95 % interval {mean(values) - half:+.4f} to {mean(values) + half:+.4f})"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,6 @@ import datasets
 import numpy as np
 import torch
 import typer
-from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -265,7 +264,6 @@ def main(
     scored: Annotated[bool, typer.Option("--scored", help="Score the last model on the test split.")] = False,
 ) -> None:
     """Run one side of the comparison in this process."""
-    PartialState(cpu=not torch.cuda.is_available())  # else accelerate leaves several processes on a CPU apart
     settings = load(config, overrides or [])
     splits = ("train", "test") if scored else ("train",)
     parts = prepare(settings, splits=splits, max_features=max_features, dropout=update is None)
