@@ -148,9 +148,14 @@ class Qa:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross-entropy over the tokens of a window, the mean of that of the start and that of the end."""
-        answer = model(**model_inputs(batch))
-        start = cross_entropy(answer.start_logits.float(), batch["start_positions"], reduction="sum")
-        return (start + cross_entropy(answer.end_logits.float(), batch["end_positions"], reduction="sum")) / 2
+        answer, padding_BT = model(**model_inputs(batch)), batch["attention_mask"] == 0
+        # Padding is no candidate: left in, the loss would depend on how far the batch happens to be padded.
+        start_BT, end_BT = (
+            logits_BT.float().masked_fill(padding_BT, -torch.inf)
+            for logits_BT in (answer.start_logits, answer.end_logits)
+        )
+        start = cross_entropy(start_BT, batch["start_positions"], reduction="sum")
+        return (start + cross_entropy(end_BT, batch["end_positions"], reduction="sum")) / 2
 
     def predict(self, model: nn.Module, batch: Batch) -> Batch:
         """The best candidates for start and end among the tokens of the context, and the score of no answer.
