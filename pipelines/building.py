@@ -8,14 +8,15 @@ from typing import Any, cast
 import datasets
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from sources.audit import Limits
 from torch import nn
 
 from heedful import UserError
 from pipelines.config import RunConfig
+from sources.audit import Limits
 from tasks import TASKS
 from tasks.protocol import Task
 from training.batches import Batching
+from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
 from training.models import Loaded, check_length, load_model, load_tokenizer
@@ -66,11 +67,13 @@ def base_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def adapt(config: RunConfig, loaded: Loaded) -> nn.Module:
+def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padding: int) -> nn.Module:
     """The model as it will be trained: whole, or frozen with an adapter."""
     if config.train.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     if config.lora.r is None:
+        if config.train.optim in LEAVES_UNUSED_ROWS and config.train.weight_decay == 0:
+            train_used_rows(loaded.model, features, padding=padding)
         return cast(nn.Module, loaded.model)
     return cast(nn.Module, add_lora(loaded.model, loaded.new, **config.lora.model_dump()))
 
@@ -80,6 +83,8 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [f"model: {type(loaded.model).__name__}, {total:,} parameters, {trained:,} trained"]
+    if isinstance(words := loaded.model.get_input_embeddings(), UsedRows):
+        lines.append(f"word embeddings: the {len(words.used_U):,} of {len(words.slot_V):,} rows that occur are trained")
     if loaded.new:
         lines.append(f"new, not in the checkpoint: {', '.join(loaded.new)}")
     if loaded.unused:

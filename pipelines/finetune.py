@@ -39,6 +39,7 @@ from tasks.protocol import Task
 from training import checkpoints
 from training.batches import examples
 from training.checkpoints import Position, write_json
+from training.embeddings import restore_embeddings
 from training.export import export
 from training.loop import Trainee, train
 from training.tracking import Tracker, truncate_history, wandb_sinks
@@ -71,7 +72,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     data = prepare(config, accelerator, console)
     task, features = data.task, data.features
     loaded = building.load_base(config, task)
-    model = building.adapt(config, loaded)
+    model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
     tell(console, building.describe_model(loaded, model))
     batching = building.build_batching(config, accelerator)
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
@@ -224,6 +225,7 @@ def finish(
     task = trainee.task
     probe = task.collate(examples(features, np.arange(min(8, len(features)))))
     model = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
+    restore_embeddings(model)
     differences = export(model, task, run.folder, probe=probe, base=building.base_of(config))
     write_json(run.metrics, metrics)
     for name, difference in differences.items():

@@ -30,7 +30,8 @@ from pipelines.preparation import build_accelerator, encode, read_splits, split_
 from pipelines.scoring import evaluate_split
 from sources.assets import ensure
 from tasks.protocol import Task
-from training.models import supports_bf16
+from training.embeddings import restore_embeddings
+from training.models import Loaded, supports_bf16
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -75,7 +76,7 @@ class Parts:
 
     config: RunConfig
     task: Task
-    model: nn.Module
+    loaded: Loaded
     rows: Mapping[str, datasets.Dataset]
     features: Mapping[str, datasets.Dataset]
 
@@ -95,11 +96,11 @@ def prepare(config: RunConfig, *, splits: Sequence[str], max_features: int | Non
     features = {name: encode(task, split, training=name == "train") for name, split in rows.items()}
     if max_features is not None:
         features["train"] = features["train"].select(range(max_features))
-    model = building.adapt(config, building.load_base(config, task))
-    for module in model.modules():
+    loaded = building.load_base(config, task)
+    for module in loaded.model.modules():
         if isinstance(module, nn.Dropout) and not dropout:
             module.p = 0.0
-    return Parts(config, task, model, rows, features)
+    return Parts(config, task, loaded, rows, features)
 
 
 def train_heedful(parts: Parts, watch: Stopwatch) -> nn.Module:
@@ -119,7 +120,9 @@ def train_heedful(parts: Parts, watch: Stopwatch) -> nn.Module:
     config, total = parts.config, parts.total_steps
     accelerator = build_accelerator(bf16=config.train.bf16)
     be_deterministic(config.seed)
-    trainee = building.build_trainee(config, parts.task, parts.model, accelerator, total_steps=total)
+    padding = parts.task.tokenizer.pad_token_id or 0
+    model = building.adapt(config, parts.loaded, parts.features["train"], padding=padding)
+    trainee = building.build_trainee(config, parts.task, model, accelerator, total_steps=total)
     schedule = Schedule(total, parts.task.headline, eval_every=None, save_every=None, keep=1)
     with tempfile.TemporaryDirectory() as folder:
         history = Path(folder) / "history.jsonl"
@@ -133,6 +136,7 @@ def train_heedful(parts: Parts, watch: Stopwatch) -> nn.Module:
             tracker=TimedTracker(history, Console(quiet=True), log_every=config.train.logging_steps),
             position=Position(world_size=accelerator.num_processes, data=""),
         )
+    restore_embeddings(trainee.bare_model)
     return trainee.bare_model
 
 
@@ -152,7 +156,7 @@ def train_trainer(parts: Parts, watch: Stopwatch, *, defaults: bool) -> nn.Modul
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model=parts.model,
+            model=parts.loaded.model,
             args=trainer_arguments(parts.config, folder, defaults=defaults),
             train_dataset=_trainer_dataset(parts.features["train"]),
             data_collator=collate,
@@ -228,7 +232,7 @@ def run_side(
         ``seconds``, ``examples_per_second``, ``tokens_per_second``, ``peak_mib``, ``metrics`` and the circumstances.
     """
     watch = Stopwatch(warmup, parts.total_steps - warmup)
-    before = _flat(parts.model) if update else None
+    before = _flat(parts.loaded.model) if update else None
     train = train_heedful if side == "heedful" else _trainer(defaults=side == "trainer-defaults")
     model = train(parts, watch)
     if update and before is not None:
