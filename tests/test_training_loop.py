@@ -255,6 +255,17 @@ def test_the_loss_is_the_mean_over_the_targets():
     assert update.tokens == int(batch["attention_mask"].sum())
 
 
+@pytest.mark.parametrize(("limit", "clipped"), [(0.05, True), (0.0, False), (1e6, False)])
+def test_the_gradient_is_clipped_to_its_limit(limit, clipped):
+    task, _, features = make_task("ner")
+    trainee = make_trainee(task, optim="sgd", learning_rate=1.0, max_grad_norm=limit)
+    before = flat(trainee.model)
+    update = one_update(trainee, features)
+    assert update.grad_norm > 0.1  # before clipping
+    change = (flat(trainee.model) - before).norm().item()
+    assert change == pytest.approx(limit if clipped else update.grad_norm, rel=1e-4)
+
+
 def test_an_empty_share_runs_at_weight_zero():
     task, _, features = make_task("classification")
     trainee = make_trainee(task)
