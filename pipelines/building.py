@@ -16,6 +16,7 @@ from sources.audit import Limits
 from tasks import TASKS
 from tasks.protocol import Task
 from training.batches import Batching
+from training.dropout import use_fast_dropout
 from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
@@ -69,6 +70,7 @@ def base_of(config: RunConfig) -> dict[str, Any]:
 
 def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padding: int) -> nn.Module:
     """The model as it will be trained: whole, or frozen with an adapter."""
+    use_fast_dropout(loaded.model)
     if config.train.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     if config.lora.r is None:
