@@ -22,6 +22,7 @@ from sources.cells import check_row_wise, convert, split_words
 from sources.columns import Column
 from sources.conll import read_conll
 from sources.matching import match_columns
+from sources.packages import sha256_of
 from sources.tables import (
     Dialect,
     Table,
@@ -156,18 +157,13 @@ def fingerprint(source: str) -> str:
         files = sorted(Path(item["filename"]) for item in _load_hub(source).cache_files)
         return _hash_files([(str(i), file) for i, file in enumerate(files)])
     if path.is_file():
-        return _sha256(path)
+        return sha256_of(path)
     root = path / split if split else path
     return _hash_files(sorted((str(file.relative_to(root)), file) for file in root.rglob("*") if file.is_file()))
 
 
 def _hash_files(files: Sequence[tuple[str, Path]]) -> str:
-    return hashlib.sha256("".join(f"{name}\0{_sha256(file)}\n" for name, file in files).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256("".join(f"{name}\0{sha256_of(file)}\n" for name, file in files).encode()).hexdigest()
 
 
 def _files_by_stem(folder: Path) -> dict[str, list[str]]:

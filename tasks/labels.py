@@ -18,7 +18,7 @@ PROBLEM_TYPES: dict[type, ProblemType] = {
 }
 KINDS: dict[ProblemType, str] = {
     "single_label_classification": "one label, a text or an integer",
-    "multi_label_classification": "a list of labels (csv: set classification.label_separator)",
+    "multi_label_classification": "a list of labels (csv: set data.label_separator)",
     "regression": "a finite number",
 }
 

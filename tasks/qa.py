@@ -299,7 +299,7 @@ class Qa:
                     f"a question of {len(ids)} tokens, with model.max_length={self.max_length}",
                     where=f"row {row}",
                     expected=f"less than {room - self.stride}, so that windows of the context can move on",
-                    fix="raise model.max_length, lower model.stride, or shorten the question",
+                    fix="raise model.max_length, lower data.stride, or shorten the question",
                 )
 
 

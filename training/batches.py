@@ -25,6 +25,10 @@ GROUP_SIZE = 50
 """``group_by_length`` sorts within shuffled groups of this many batches, as transformers' LengthGroupedSampler does."""
 
 
+LARGEST_MICRO_BATCH = 256
+"""Where the user sets no limit: bounds memory, and the time to plan an epoch."""
+
+
 @dataclass(frozen=True)
 class Batching:
     """How features become updates.
@@ -76,9 +80,8 @@ def micro_batches(share: Indices, lengths: Indices, batching: Batching) -> list[
     """Split a rank's share, sorted by length, into runs that are padded alike."""
     if batching.accumulation is not None:
         return [part for part in np.array_split(share, batching.accumulation) if len(part)]
-    return _cheapest_split(
-        share, lengths[share], limit=batching.micro_batch_size or len(share), overhead=batching.overhead
-    )
+    limit = batching.micro_batch_size or LARGEST_MICRO_BATCH
+    return _cheapest_split(share, lengths[share], limit=limit, overhead=batching.overhead)
 
 
 def _chunks(order: Indices, size: int) -> list[Indices]:
