@@ -15,7 +15,7 @@ def metrics_table(metrics: Metrics) -> Table:
     table = Table("split", "metric", "value", "95 % interval", title="metrics")
     for split, values in metrics.items():
         for name, value in values.items():
-            if isinstance(value, list) or ("_" in name and f"{name}_ci95" not in values):
+            if isinstance(value, list) or name.startswith("f1_"):
                 continue
             interval = values.get(f"{name}_ci95")
             shown = f"{interval[0]:.4f} - {interval[1]:.4f}" if isinstance(interval, list) else ""
@@ -26,7 +26,8 @@ def metrics_table(metrics: Metrics) -> Table:
 def show_end(console: Console, metrics: Metrics, *, folder: str, task: str) -> None:
     """The end of a run: the figures, where everything is, and what to do next."""
     console.print(metrics_table(metrics))
-    example = {"qa": "questions.jsonl"}.get(task, "Alice flew from Paris to New York.")
+    text = "Alice flew from Paris to New York."
+    example = {"qa": f"Who flew to New York? ||| {text}", "classification": "Who flew to New York?"}.get(task, text)
     console.print(
         f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={folder}/model"
         f'\n        make predict CHECKPOINT={folder}/model INPUT="{example}"',
