@@ -8,6 +8,7 @@ NPROC ?= 1
 PYTHON ?= python3
 CHECKPOINT ?= runs/$(TASK)
 BIN := .venv/bin
+predict: export INPUT := $(value INPUT)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint assets finetune evaluate predict config test verify check format bench-peer clean
@@ -19,6 +20,7 @@ setup: .venv/.ready  ## Make .venv with everything pinned (other targets do it b
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "heedful needs Python 3.11 or newer: make PYTHON=python3.11 ..."'
+	@echo 'setting up .venv with everything pinned: a minute or two the first time'
 	$(PYTHON) -m venv .venv
 	# torch first, by its pinned version: a range would be filled with gigabytes of CUDA packages.
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
@@ -29,13 +31,13 @@ assets: .venv/.ready  ## Fetch and check the models and data of TASK (finetune d
 	$(BIN)/heedful assets $(TASK)
 
 finetune: .venv/.ready  ## Fine-tune TASK (or CONFIG=my.yaml) with ARGS="key=value ..." on NPROC processes
-	$(BIN)/heedful finetune $(CONFIG) $(ARGS) --nproc $(NPROC)
+	$(BIN)/heedful finetune "$(CONFIG)" $(ARGS) --nproc $(NPROC)
 
 evaluate: .venv/.ready  ## Score CHECKPOINT on its run's data, or with ARGS="data.test=my.csv"
-	$(BIN)/heedful evaluate $(CHECKPOINT) $(ARGS)
+	@$(BIN)/heedful evaluate "$(CHECKPOINT)" $(ARGS)
 
 predict: .venv/.ready  ## Answers of CHECKPOINT for INPUT, a file or a text, as JSON lines
-	@$(BIN)/heedful predict $(CHECKPOINT) "$(INPUT)" $(ARGS)
+	@$(BIN)/heedful predict -- "$(CHECKPOINT)" "$$INPUT" $(ARGS)
 
 config: .venv/.ready  ## Print the resolved configuration of TASK with every default
 	@$(BIN)/heedful config $(CONFIG) $(ARGS)

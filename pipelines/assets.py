@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from heedful import UserError
 from sources.assets import ensure, load_table
 
 
@@ -18,4 +19,6 @@ def fetch_named(names: list[str]) -> None:
     table = load_table(Path("assets.yaml"))
     wanted = [asset.name for name in names for asset in table.values() if name in ("all", asset.name, *asset.tasks)]
     unknown = [name for name in names if name != "all" and not any(name in (a.name, *a.tasks) for a in table.values())]
-    ensure([f"assets/{name}" for name in [*wanted, *unknown]], root=Path.cwd(), say=typer.echo, verify=True)
+    if unknown:
+        raise UserError(f"no asset or task named {unknown[0]!r}", expected=f"all, or one of: {', '.join(table)}")
+    ensure([f"assets/{name}" for name in wanted], root=Path.cwd(), say=typer.echo, verify=True)

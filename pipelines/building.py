@@ -82,10 +82,12 @@ def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padd
 
 def describe_model(loaded: Loaded, model: nn.Module) -> str:
     """What is trained, what starts at random, what of the checkpoint is not used."""
-    total = sum(p.numel() for p in model.parameters())
+    words = loaded.model.get_input_embeddings()
+    unused = words.table_VD.numel() - words.weight.numel() if isinstance(words, UsedRows) else 0
+    total = sum(p.numel() for p in model.parameters()) + unused
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [f"model: {type(loaded.model).__name__}, {total:,} parameters, {trained:,} trained"]
-    if isinstance(words := loaded.model.get_input_embeddings(), UsedRows):
+    if isinstance(words, UsedRows):
         lines.append(f"word embeddings: the {len(words.used_U):,} of {len(words.slot_V):,} rows that occur are trained")
     if loaded.new:
         lines.append(f"new, not in the checkpoint: {', '.join(loaded.new)}")

@@ -95,7 +95,7 @@ def config(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def assets(
-    names: Annotated[list[str], typer.Argument(help="Assets, tasks, or configurations whose assets to fetch.")],
+    names: Annotated[list[str], typer.Argument(help="Assets or tasks; all fetches everything.")],
 ) -> None:
     """Fetch pinned models and data, and check every file of them."""
     from pipelines.assets import fetch_named

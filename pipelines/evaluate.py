@@ -8,7 +8,7 @@ from rich.console import Console
 
 from heedful import UserError
 from pipelines.inference import open_model
-from pipelines.preparation import build_console, dialect, encode, fetch_assets
+from pipelines.preparation import build_console, dialect, encode, fetch_assets, split_sources
 from pipelines.report import metrics_table
 from pipelines.scoring import evaluate_split
 from sources.readers import read_rows
@@ -32,11 +32,14 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
     console = build_console(opened.accelerator, console)
     data, task = opened.config.data, opened.task
     named = {override.partition("=")[0].removeprefix("data.") for override in overrides} & {"validation", "test"}
-    splits = {n: s for n in ("validation", "test") if (s := getattr(data, n)) is not None and (n in named or not named)}
+    sources = split_sources(data)
+    splits = {
+        name: sources[name] for name in ("validation", "test") if name in sources and (name in named or not named)
+    }
     if not splits:
         raise UserError("no data to score on", where=checkpoint, fix="name it: data.test=FILE")
     fetch_assets(list(splits.values()), opened.accelerator, console)
-    metrics = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for name, source in splits.items():
         rows = read_rows(
             source,

@@ -44,6 +44,10 @@ from training.export import export
 from training.loop import Trainee, train
 from training.tracking import Tracker, truncate_history, wandb_sinks
 
+LOWER_IS_BETTER = ("mse", "best_f1_thresh")
+"""Metrics that can not pick the best model by being greatest."""
+EVAL_BATCH = 64
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -80,7 +84,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     check_headline(trainee, data, schedule.headline, console)
     run = Run(Path(config.output_dir))
-    position = resume(run, config, trainee, data=data.fingerprints["train"], console=console)
+    position = resume(run, config, trainee, data=data.fingerprints, console=console)
     if accelerator.is_main_process:
         manifest = runs.manifest(
             config, data=data.fingerprints, assets=data.assets, world_size=accelerator.num_processes
@@ -123,6 +127,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         UserError: It can not be learned from as it is, or exceeds a limit that the user set.
     """
     sources = split_sources(config.data)
+    if "train" not in sources:
+        raise UserError("no training data", where="data.train", fix="name it: data.train=FILE")
     assets = fetch_assets([config.model.name, *sources.values()], accelerator, console)
     rows = read_splits(config, sources)
     task = building.build_task(config, rows["train"])
@@ -141,18 +147,29 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
 
 
 def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Console) -> None:
-    """Score two validation rows before anything is written, so that a metric that is not there is not found out late.
+    """Score the untrained model if another metric than usual is asked for, so that a wrong name is not found out late.
 
     Raises:
         UserError: The task has no such metric.
     """
+    if headline in LOWER_IS_BETTER:
+        raise UserError(
+            f"{headline!r} is not better when greater",
+            where="train.metric_for_best_model",
+            expected=f"such as {trainee.task.headline}",
+        )
     if "validation" not in data.rows:
         tell(console, "no validation data: nothing is evaluated in training, and the last model is the result")
         return
-    few = data.rows["validation"].select(range(min(2, len(data.rows["validation"]))))
-    features = encode(trainee.task, few, training=False)
+    if headline == trainee.task.headline:
+        return
     metrics = evaluate_split(
-        trainee.task, trainee.bare_model, few, features, accelerator=trainee.accelerator, batch_size=2
+        trainee.task,
+        trainee.bare_model,
+        data.rows["validation"],  # all of it: two rows rarely hold every class
+        data.features["validation"],
+        accelerator=trainee.accelerator,
+        batch_size=EVAL_BATCH,
     )
     if headline not in metrics:
         raise UserError(
@@ -169,7 +186,7 @@ def be_deterministic(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over every tensor
 
 
-def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: str, console: Console) -> Position:
+def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: dict[str, str], console: Console) -> Position:
     """Go on from a checkpoint, or from nothing; then a former run of this name is moved aside, not overwritten.
 
     Raises:
@@ -188,15 +205,16 @@ def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: str, console:
         path, model=trainee.bare_model, optimizer=trainee.optimizer.optimizer, scheduler=trainee.scheduler
     )
     if position.data != data:
-        raise UserError(
-            "the training data changed since this checkpoint", where=str(path), fix="resume=none starts anew"
-        )
+        raise UserError("the data changed since this checkpoint", where=str(path), fix="resume=none starts anew")
     if position.world_size != accelerator.num_processes:
         say(
             f"resuming on {accelerator.num_processes} processes what {position.world_size} began: the same examples "
             "in the same updates, but other dropout masks"
         )
         position.world_size = accelerator.num_processes
+    if position.best_step is not None and not (path.parent / f"step-{position.best_step}").is_dir():
+        say(f"the best checkpoint, step-{position.best_step}, is gone: the best of the evaluations to come is kept")
+        position.best_step = position.best_score = None
     if accelerator.is_main_process:
         truncate_history(run.history, after=position.step)
     say(f"resuming after step {position.step} from {path}")

@@ -41,9 +41,10 @@ def open_model(checkpoint: str, overrides: list[str]) -> Opened:
     """
     folder = model_folder(checkpoint)
     config = _config_of(folder, overrides)
+    trust = config.model.trust_remote_code
     accelerator = build_accelerator(bf16=config.train.bf16)
-    task = load_task(folder, load_tokenizer(str(folder)))
-    model = load_model(task.auto_class, str(folder), **task.model_kwargs()).model
+    task = load_task(folder, load_tokenizer(str(folder), trust_remote_code=trust))
+    model = load_model(task.auto_class, str(folder), trust_remote_code=trust, **task.model_kwargs()).model
     return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, config)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from heedful import UserError
 from pipelines.inference import open_model
 from pipelines.preparation import build_console, dialect, encode
-from sources.readers import read_rows, rows_from_text
+from sources.readers import SUFFIXES, read_rows, rows_from_text
 from tasks import TASKS
 from tasks.protocol import Output
 from training.evaluation import predict as predict_features
@@ -30,12 +30,15 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
     opened = open_model(checkpoint, overrides)
     build_console(opened.accelerator, console)
     columns, data, task = TASKS[opened.task.name].columns, opened.config.data, opened.task
+    if not given.strip():
+        raise UserError("INPUT is empty", expected="a file, or a text")
     if os.path.exists(given):  # unlike Path.exists, no error where a text is too long for a file name
         rows = read_rows(given, columns=columns, mapping=data.columns, need_targets=False, dialect=dialect(data))
     elif looks_like_a_file(given):
         raise UserError("no such file", where=given, expected="a file, or a text")
     else:
         rows = rows_from_text(given, columns)
+    task.check(rows, where=given[:60])
     predictions = predict_features(
         task,
         opened.model,
@@ -48,12 +51,4 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
 
 def looks_like_a_file(text: str) -> bool:
     """One word that ends in a file's suffix: more likely a mistyped path than a text to predict."""
-    return " " not in text.strip() and Path(text).suffix in {
-        ".csv",
-        ".tsv",
-        ".json",
-        ".jsonl",
-        ".parquet",
-        ".txt",
-        ".conll",
-    }
+    return " " not in text.strip() and Path(text).suffix in SUFFIXES

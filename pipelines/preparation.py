@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 
 from heedful import UserError
@@ -37,7 +38,9 @@ def build_accelerator(*, bf16: bool | str) -> Accelerator:
     """
     cpu = not torch.accelerator.is_available()  # accelerate joins several processes on a CPU only if told so
     on = supports_bf16(PartialState(cpu=cpu).device) if bf16 == "auto" else bf16
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if on else "no")
+    # No model here changes its buffers in training, and one of them is as large as the word embeddings (UsedRows).
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if on else "no", kwargs_handlers=[parallel])
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, of which accelerate joined {accelerator.num_processes}",
@@ -83,11 +86,7 @@ def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console:
 
 
 def split_sources(data: DataSection) -> dict[str, str]:
-    """Where each split is. A folder given as train brings its own validation and test.
-
-    Raises:
-        UserError: No training data.
-    """
+    """Where each split is. A folder given as train brings its own validation and test."""
     given = {name: source for name in ("train", "validation", "test") if (source := getattr(data, name)) is not None}
     if "train" in given and Path(given["train"]).is_dir():
         given = find_splits(given["train"]) | {name: source for name, source in given.items() if name != "train"}

@@ -95,6 +95,10 @@ def find_checkpoint(run: Run, config: RunConfig, *, say: Callable[[str], None]) 
             raise UserError(
                 "no such checkpoint", where=f"resume={path}", expected="auto, none, or a folder checkpoints/step-N"
             )
+        if path.resolve().parent != run.checkpoints.resolve():
+            raise UserError(
+                "a checkpoint of another run", where=f"resume={path}", fix=f"output_dir={path.resolve().parent.parent}"
+            )
     _refuse_other_settings(path.parent.parent / "config.yaml", config)
     return path
 

@@ -165,7 +165,7 @@ def speed_tables(reports: Sequence[Report]) -> str:
     return "\n\n".join(
         [
             _table(["side", "examples/s (median)", "tokens/s (median)"], medians),
-            _table(["ratio", "median", "least", "greatest", "at least"], ratios),
+            _table(["ratio", "median", "least", "greatest", "target"], ratios),
         ]
     )
 

@@ -134,7 +134,7 @@ def train_heedful(parts: Parts, watch: Stopwatch) -> nn.Module:
             evaluate=dict,
             folder=Path(folder) / "checkpoints",
             tracker=TimedTracker(history, Console(quiet=True), log_every=config.train.logging_steps),
-            position=Position(world_size=accelerator.num_processes, data=""),
+            position=Position(world_size=accelerator.num_processes, data={}),
         )
     restore_embeddings(trainee.bare_model)
     return trainee.bare_model

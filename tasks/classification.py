@@ -66,6 +66,8 @@ class Classification:
     labels: tuple[str, ...]
     class_weights: tuple[float, ...] | None = None
     long_documents: str = "truncate"
+    pairs: bool = False
+    """Whether it was trained on pairs of texts."""
 
     @property
     def headline(self) -> str:
@@ -89,7 +91,7 @@ class Classification:
                 windows over pairs of texts, or a tokenizer without a padding token.
         """
         cells = [row["label"] for row in rows]
-        problem_type = options.problem_type or find_problem_type(cells[0])
+        problem_type = options.problem_type or find_problem_type(cells)
         parsed = [read_label(cell, problem_type, where=f"data.train, row {i}") for i, cell in enumerate(cells)]
         labels = find_labels(parsed, problem_type)
         logger.info("problem type: %s; labels: %s", problem_type, ", ".join(labels) or "numbers")
@@ -97,14 +99,22 @@ class Classification:
         if options.long_documents == "windows":
             _check_windows(tokenizer, rows, max_length=max_length, stride=stride)
         weights = weigh_classes(options.class_weights, parsed, labels=labels, problem_type=problem_type)
-        return cls(tokenizer, max_length, stride, problem_type, labels, weights, options.long_documents)
+        pairs = "text_pair" in rows[0]
+        return cls(tokenizer, max_length, stride, problem_type, labels, weights, options.long_documents, pairs)
 
     def check(self, rows: Rows, *, where: str) -> None:
-        """Refuse labels that training has not seen and numbers that are none.
+        """Refuse labels that training has not seen, numbers that are none, and single texts for a model of pairs.
 
         Raises:
             UserError: Naming the first such row.
         """
+        if len(rows) and ("text_pair" in rows[0]) != self.pairs:
+            raise UserError(
+                "single texts" if self.pairs else "pairs of texts",
+                where=where,
+                expected="pairs of texts, as in training" if self.pairs else "single texts, as in training",
+                fix="give the column text_pair (`first ||| second` on the command line)" if self.pairs else "",
+            )
         for i, row in enumerate(rows):
             if "label" in row:
                 self._target(row["label"], where=f"{where}, row {i}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -22,10 +23,26 @@ KINDS: dict[ProblemType, str] = {
     "regression": "a finite number",
 }
 
+DECIMAL = re.compile(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE)
 
-def find_problem_type(cell: Any) -> ProblemType:
-    """Tell the problem type from the first label: text, list of texts, or number."""
-    return PROBLEM_TYPES[type(cell)]
+
+def find_problem_type(cells: Sequence[Any]) -> ProblemType:
+    """Tell the problem type from the labels: text, lists of texts, or numbers.
+
+    Raises:
+        UserError: Numbers with decimals, read from a text file: classes or amounts, only the user knows.
+    """
+    found = PROBLEM_TYPES[type(cells[0])]
+    texts = cells if found == "single_label_classification" else []
+    fraction = next((cell for cell in texts if "." in cell), None)
+    if fraction is not None and all(DECIMAL.fullmatch(cell) for cell in texts):
+        raise UserError(
+            f"labels that are all numbers, such as {fraction}",
+            where="data.train",
+            expected="to be told whether they are amounts or the names of classes",
+            fix="classification.problem_type=regression, or =single_label_classification",
+        )
+    return found
 
 
 def read_label(cell: Any, problem_type: ProblemType, *, where: str) -> Label:

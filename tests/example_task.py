@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING: a sentiment score from 1 to 5 stars, learned as a number, answered as a whole one.
+"""The worked example of CONTRIBUTING: 1 to 5 stars for a text, learned as a number, answered as a whole one.
 
 Shapes: B examples, T tokens.
 """

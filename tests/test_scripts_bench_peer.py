@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from tiny_text import make_model, make_tokenizer
 
 from scripts import bench_peer, peer
 from scripts.bench_peer import Section, Settings
-from tests.tiny_text import make_model, make_tokenizer
 
 TEXTS = ["the cat sat", "a dog ran far away over the hill", "cats", "dogs run", "the dog", "a cat sat on the hill"]
 BATCH = 4

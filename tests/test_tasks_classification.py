@@ -302,3 +302,23 @@ def test_windows_over_pairs_and_texts_without_tokens_are_refused(bert):
     plain.pad_token = None
     with pytest.raises(UserError, match="padding token"):
         build(plain, make_rows())
+
+
+def test_a_model_of_pairs_refuses_single_texts_and_the_reverse(bert):
+    pairs = [{"row": i, "text": "a", "text_pair": "b", "label": label} for i, label in enumerate("xy")]
+    single = [{name: row[name] for name in ("row", "text", "label")} for row in pairs]
+    options = ClassificationOptions()
+    for rows, others in ((pairs, single), (single, pairs)):
+        task = Classification.build(bert, rows, max_length=16, stride=0, options=options)
+        task.check(rows, where="dev.csv")
+        with pytest.raises(UserError, match="texts"):
+            task.check(others, where="dev.csv")
+
+
+def test_decimal_labels_of_a_text_file_are_not_taken_for_classes(bert):
+    rows = [{"row": i, "text": "a", "label": label} for i, label in enumerate(["3.5", "2", "1.25"])]
+    with pytest.raises(UserError) as caught:
+        Classification.build(bert, rows, max_length=16, stride=0, options=ClassificationOptions())
+    assert "problem_type=regression" in caught.value.fix
+    options = ClassificationOptions(problem_type="regression")
+    assert Classification.build(bert, rows, max_length=16, stride=0, options=options).labels == ()

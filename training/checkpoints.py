@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class Position:
     stale_evaluations: int = 0
     """Evaluations since the best one."""
     world_size: int = 1
-    data: str = ""
-    """Fingerprint of the training features."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Hashes of the files or data sets that the splits were read from."""
 
 
 def sha256(path: Path) -> str:
@@ -140,8 +140,6 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRSch
     Raises:
         UserError: It does not match its manifest, or belongs to another model.
     """
-    if reason := fault(path):
-        raise UserError(f"broken checkpoint: {reason}", where=str(path), fix="resume=auto takes the newest whole one")
     load_model(path, model)
     _load_optimizer(optimizer, path, _names(model))
     scheduler.load_state_dict(json.loads((path / "scheduler.json").read_text()))
@@ -157,8 +155,10 @@ def load_model(path: Path, model: nn.Module) -> None:
     """Put back the trained weights alone.
 
     Raises:
-        UserError: Other names or shapes than the model's.
+        UserError: It does not match its manifest, or has other names or shapes than the model.
     """
+    if reason := fault(path):
+        raise UserError(f"broken checkpoint: {reason}", where=str(path), fix="resume=auto takes the newest whole one")
     stored, own = load_file(path / "model.safetensors"), model_tensors(model)
     if {n: t.shape for n, t in stored.items()} != {n: t.shape for n, t in own.items()}:
         names = sorted(stored.keys() ^ own.keys())[:3] or ["same names, other shapes"]

@@ -45,7 +45,10 @@ def export(model: nn.Module, task: Task, folder: Path, *, probe: Batch, base: di
         differences["adapter"] = _difference(trained, _answers(again, probe))
         model = adapter.merge_and_unload()
     write_whole(folder / "model", lambda aside: _write_model(model, task, aside))
-    reloaded = load_model(task.auto_class, str(folder / "model")).model.to(next(model.parameters()).device)
+    trust = bool(base.get("trust_remote_code"))
+    reloaded = load_model(task.auto_class, str(folder / "model"), trust_remote_code=trust).model.to(
+        next(model.parameters()).device
+    )
     differences["model"] = _difference(trained, _answers(reloaded, probe))
     if wrong := {name: d for name, d in differences.items() if d > MERGE_TOLERANCE}:
         shutil.rmtree(folder / "model")
