@@ -46,7 +46,6 @@ from training.tracking import Tracker, truncate_history, wandb_sinks
 
 LOWER_IS_BETTER = ("mse", "best_f1_thresh")
 """Metrics that can not pick the best model by being greatest."""
-EVAL_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
-    check_headline(trainee, data, schedule.headline, console)
+    eval_batch_size = config.train.per_device_eval_batch_size
+    check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size)
     run = Run(Path(config.output_dir))
     position = resume(run, config, trainee, data=data.fingerprints, console=console)
     if accelerator.is_main_process:
@@ -98,7 +98,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
             data.rows[split],
             features[split],
             accelerator=accelerator,
-            batch_size=config.train.per_device_eval_batch_size,
+            batch_size=eval_batch_size,
             intervals=intervals,
         )
 
@@ -146,7 +146,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     return Prepared(task, rows, features, {s: fingerprint(source) for s, source in sources.items()}, assets, audited)
 
 
-def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Console) -> None:
+def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Console, *, batch_size: int) -> None:
     """Score the untrained model if another metric than usual is asked for, so that a wrong name is not found out late.
 
     Raises:
@@ -169,7 +169,7 @@ def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Con
         data.rows["validation"],  # all of it: two rows rarely hold every class
         data.features["validation"],
         accelerator=trainee.accelerator,
-        batch_size=EVAL_BATCH,
+        batch_size=batch_size,
     )
     if headline not in metrics:
         raise UserError(
