@@ -222,6 +222,7 @@ def circumstances(section: Section, settings: Settings) -> dict[str, str]:
         "command": f'make bench-peer ARGS="{section.command}{changes}"',
         "device": _cpu() if report["device"] == "cpu" else report["device"],
         "bf16": "native" if report["native_bf16"] else "not native, so fp32 on both sides",
+        **({"threads": str(report["threads"])} if "threads" in report else {}),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
