@@ -8,7 +8,8 @@ NPROC ?= 1
 PYTHON ?= python3
 CHECKPOINT ?= runs/$(TASK)
 BIN := .venv/bin
-predict: export INPUT := $(value INPUT)
+# Literally: a dollar sign in a text is no variable of make.
+predict: override export INPUT := $(value INPUT)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint assets finetune evaluate predict config test verify check format bench-peer clean

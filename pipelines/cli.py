@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,8 +115,10 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        if _is_main():
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]\n{_escape(error)}", highlight=False)
+        if not _is_main():
+            # Where the main process meets the same fault, torchrun ends this one meanwhile: one message in all.
+            time.sleep(3)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]\n{_escape(error)}", highlight=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

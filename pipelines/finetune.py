@@ -139,7 +139,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         rows,
         columns=TASKS[config.task].columns,
         lengths={split: features[split]["length"] for split in rows},
-        losses={split: task.account(features[split][:], rows[split]) for split in rows},
+        losses={split: task.account(features[split], rows[split]) for split in rows},
     )
     tell(console, *summary(audited))
     check(audited, building.audit_limits(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -28,9 +29,10 @@ def show_end(console: Console, metrics: Metrics, *, folder: str, task: str) -> N
     console.print(metrics_table(metrics))
     text = "Alice flew from Paris to New York."
     example = {"qa": f"Who flew to New York? ||| {text}", "classification": "Who flew to New York?"}.get(task, text)
+    model = shlex.quote(f"{folder}/model")
     console.print(
-        f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={folder}/model"
-        f'\n        make predict CHECKPOINT={folder}/model INPUT="{example}"',
+        f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={model}"
+        f'\n        make predict CHECKPOINT={model} INPUT="{example}"',
         highlight=False,
         markup=False,
     )

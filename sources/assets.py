@@ -26,7 +26,8 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from heedful import UserError
 from sources.conversions import CONVERSIONS
-from sources.packages import Package, download, room, sha256_of, unpack
+from sources.files import sha256_of, sync
+from sources.packages import Package, download, room, unpack
 
 Say = Callable[[str], None]
 RECORD = "ASSET.json"
@@ -172,13 +173,6 @@ def _card(asset: Asset, folder: Path, body: str) -> str:
     )
 
 
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def _clear(asset: Asset, downloads: Path) -> None:
     for left in downloads.glob(f"{asset.name}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
@@ -223,10 +217,9 @@ def _build(asset: Asset, work: Path, package: Path, *, target: Path) -> None:
     if body := CONVERSIONS[asset.conversion](members, made):
         (made / "README.md").write_text(_card(asset, made, body), encoding="utf-8")
     _write_record(asset, made)
-    # To the disk before the rename, which must not outlive what it names; then the rename itself.
-    _sync(*made.rglob("*"), made)
+    sync(*made.rglob("*"), made)
     os.replace(made, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _require_room(asset: Asset, folder: Path) -> None:

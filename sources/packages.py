@@ -14,13 +14,13 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from hashlib import file_digest
 from pathlib import Path
 from typing import IO, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from heedful import UserError
+from sources.files import sha256_of
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -61,12 +61,6 @@ class Package(BaseModel):
     def pin(self) -> str:
         """What pip calls it."""
         return f"{self.package}=={self.version}"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hash of a file, read in blocks."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 _BACKEND = """

@@ -21,8 +21,8 @@ from heedful import UserError
 from sources.cells import check_row_wise, convert, split_words
 from sources.columns import Column
 from sources.conll import read_conll
+from sources.files import sha256_of
 from sources.matching import match_columns
-from sources.packages import sha256_of
 from sources.tables import (
     Dialect,
     Table,

@@ -211,12 +211,13 @@ class Classification:
             return resampling.multi_label(predictions, references, labels=self.labels)
         return resampling.single_label(predictions, references, labels=self.labels)
 
-    def account(self, features: Features, rows: Rows) -> dict[str, int]:
+    def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         """Count ``tokens`` of the rows, special ones included, and what truncation cut: ``tokens_lost``."""
-        length_of = dict(zip(features["row"], features["length"], strict=True))
+        lengths = list(zip(features["row"], features["length"], strict=True))
+        length_of = dict(lengths)
         # Only a feature that fills the model's input can be a part of a row, so the others need no second look.
-        full = np.flatnonzero(np.array(features["length"]) >= self.max_length)
-        length_of |= self._whole_lengths(sorted({features["row"][i] for i in full}), rows)
+        full = sorted({row for row, length in lengths if length >= self.max_length})
+        length_of |= self._whole_lengths(full, rows)
         cut = [length - self.max_length for length in length_of.values() if length > self.max_length]
         lost = cut if self.long_documents == "truncate" else []
         return {"tokens": sum(length_of.values()), "tokens_lost": sum(lost), "rows_truncated": len(lost)}

@@ -189,7 +189,7 @@ class Ner:
         """The same metrics as a function of row indices."""
         return counts.ner(*self._tags(outputs, rows), strict=self.strict)
 
-    def account(self, features: Features, rows: Rows) -> dict[str, int]:
+    def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         """Count tokens (special ones included), words and entities, and which of them no feature holds.
 
         ``tokens_lost`` are the last sub-words of a word too long for a window, ``words_lost`` words that the tokenizer
@@ -263,7 +263,7 @@ class Ner:
     def _tags(self, outputs: Sequence[Output], rows: Rows) -> tuple[list[list[str]], list[list[str]]]:
         return [output["tags"] for output in outputs], [to_iob2(row["tags"], self.scheme) for row in rows]
 
-    def _account_tokens(self, features: Features, rows: Rows) -> dict[str, int]:
+    def _account_tokens(self, features: Columns, rows: Rows) -> dict[str, int]:
         parts_of = Counter(features["row"])
         length_of = dict(zip(features["row"], features["length"], strict=True))
         # A row that is one feature, and does not fill it, is whole; only the others need a second look.

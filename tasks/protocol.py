@@ -88,5 +88,5 @@ class Task(Protocol):
     def resample(self, outputs: Sequence[Output], rows: Rows) -> Resample:
         """The same metrics as a fast function of row indices, for bootstrap intervals."""
 
-    def account(self, features: Features, rows: Rows) -> dict[str, int]:
+    def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         """What these features lose of their rows: tokens, words, entities, answers cut off at ``max_length``."""

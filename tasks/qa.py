@@ -205,7 +205,7 @@ class Qa:
         diffs = [output["null_score_diff"] for output in outputs]
         return resampling.squad_v2(answers, golds, spans=[_best_span(one) for one in outputs], null_score_diffs=diffs)
 
-    def account(self, features: Features, rows: Rows) -> dict[str, int]:
+    def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         """Count ``windows``, their ``tokens`` (shared ones again), ``answers`` and ``answers_lost``.
 
         Lost are the answers that no window holds whole. No question is cut: ``encode`` refuses one that is too long.

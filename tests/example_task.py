@@ -72,7 +72,7 @@ class Stars:
         exact = np.array([output["stars"] == int(row["label"]) for output, row in zip(outputs, rows, strict=True)])
         return lambda index: {"exact": float(exact[index].mean())}
 
-    def account(self, features: Features, rows: Rows) -> dict[str, int]:
+    def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         return {"tokens": sum(features["length"])}
 
     def _answer_B(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -1,6 +1,8 @@
 """The verbs as a user meets them: files on a disk in, messages and exit codes out. Every fault is one message."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from transformers import pipeline
 
 from pipelines import cli
 
+ROOT = Path(__file__).parent.parent
 HEADER = "text,label\n"
 GOOD = HEADER + "".join(
     f"the cat {word} {'dog' * i},{'ab'[i % 2]}\n" for i, word in enumerate(["sat", "on", "mat"] * 4)
@@ -136,13 +139,13 @@ def test_bad_file_ends_with_one_message(name, project, cli_run):
     refused(cli_run("finetune", "run.yaml"), expected)
 
 
-def refused(result, expected):
+def refused(result, expected, *, untouched="runs"):
     code, _, log = result
     assert code == 2, log
     assert "Traceback" not in log
     assert log.count("error\n") == 1
     assert any(word.lower() in log.lower() for word in expected.split("|")), log
-    assert not Path("runs").exists(), "nothing may be written"
+    assert not Path(untouched).exists(), "nothing may be written"
 
 
 def test_broken_json_line_is_named(project, cli_run):
@@ -205,6 +208,59 @@ def test_head_for_other_labels_is_refused_and_new_head_accepted(project, cli_run
     assert code == 2
     assert "model.init=new_head" in log
     assert cli_run(*again, "model.init=new_head")[0] == 0
+
+
+def test_a_run_trained_from_a_folder_is_evaluated_on_the_same_splits(project, cli_run):
+    Path("folder").mkdir()
+    for split in ("train", "validation", "test"):
+        Path(f"folder/{split}.csv").write_text(GOOD)
+    code, _, log = cli_run("finetune", "run.yaml", "data.train=folder", "data.validation=null")
+    assert code == 0, log
+    stored = json.loads(Path("runs/run/metrics.json").read_text())
+    assert stored.keys() == {"validation", "test"}
+    assert json.loads(cli_run("evaluate", "runs/run")[1]) == stored
+
+
+def test_resuming_from_another_runs_checkpoint_is_refused(project, cli_run):
+    cli_run("finetune", "run.yaml")
+    other = cli_run("finetune", "run.yaml", "output_dir=runs/other", "resume=runs/run/checkpoints/step-2")
+    refused(other, "a checkpoint of another run", untouched="runs/other")
+
+
+def test_resuming_on_changed_validation_data_is_refused(project, cli_run):
+    cli_run("finetune", "run.yaml")
+    Path("dev.csv").write_text(GOOD + "one more,a\n")
+    resumed = cli_run("finetune", "run.yaml", "resume=auto")
+    refused(resumed, "the data changed since this checkpoint", untouched="runs/run.1")
+
+
+def test_resuming_without_the_best_checkpoint_says_so(project, cli_run):
+    every = ["train.save_steps=1", "train.eval_steps=1", "train.save_total_limit=9", "train.learning_rate=1e-12"]
+    cli_run("finetune", "run.yaml", *every)  # nothing is learned, so the first evaluation stays the best
+    shutil.rmtree("runs/run/checkpoints/step-1")
+    code, _, log = cli_run("finetune", "run.yaml", *every, "resume=auto")
+    assert code == 0, log
+    assert "the best checkpoint, step-1, is gone" in log
+
+
+def test_a_fault_that_another_rank_alone_meets_is_said(project):
+    command = [sys.executable, "-m", "pipelines.cli", "finetune", "missing.yaml"]
+    environment = {**os.environ, "RANK": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 2
+    assert "missing.yaml" in ended.stderr
+
+
+def test_make_hands_any_text_to_predict_as_it_is(tmp_path):
+    (tmp_path / ".venv").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", ".venv/.ready"):
+        (tmp_path / name).touch()
+    (tmp_path / "heedful").write_text('#!/bin/sh\nfor argument; do echo "<$argument>"; done\n')
+    (tmp_path / "heedful").chmod(0o755)
+    text = """it's "5 $" `and` $(HOME) %s \\ ü"""
+    make = ["make", "-f", str(ROOT / "Makefile"), "predict", f"BIN={tmp_path}", "CHECKPOINT=my run", f"INPUT={text}"]
+    ended = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == ["<predict>", "<-->", "<my run>", f"<{text}>"]
 
 
 def test_nan_loss_exits_with_3(project, cli_run):

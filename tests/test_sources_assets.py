@@ -40,7 +40,7 @@ if stage == "convert":
 elif stage == "rename":
     assets.os.replace = stop
 else:
-    assets._sync = lambda *paths: stop() if any(path.name == "assets" for path in paths) else None
+    assets.sync = lambda *paths: stop() if any(path.name == "assets" for path in paths) else None
 asset = assets.Asset.model_validate_json(sys.argv[1])
 assets.fetch(asset, root=Path(sys.argv[2]), say=lambda line: None)
 """

@@ -259,7 +259,7 @@ FAULTS = [
     (["1", "2", "x", "3", "4"], {"problem_type": "regression"}, r"row 2(.|\n)*'x'"),
     (["1", "2", "3", "nan", "4"], {"problem_type": "regression"}, r"row 3(.|\n)*'nan'"),
     ([1.0, 2.0, 3.0, 4.0, float("inf")], {}, r"row 4(.|\n)*inf"),
-    (list("abcab"), {"problem_type": "multi_label_classification"}, r"row 0(.|\n)*label_separator"),
+    (list("abcab"), {"problem_type": "multi_label_classification"}, r"row 0(.|\n)*data\.label_separator"),
     ([1.5, 2.0, 3.0, 1.0, 1.0], {"problem_type": "single_label_classification"}, r"row 0(.|\n)*1.5"),
     (list("abcab"), {"class_weights": {"a": 1.0, "b": 1.0, "d": 2.0}}, r"unknown: d; missing: c"),
     (list("abcab"), {"class_weights": {"a": 1.0, "b": 0.0, "c": 2.0}}, r"'b': 0.0"),

@@ -6,9 +6,7 @@ step seeds its own (``training.loop.seed_step``). See ADR 5.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import UserError
+from sources.files import sha256_of, sync
 
 MANIFEST = "MANIFEST.json"
 
@@ -41,12 +40,6 @@ class Position:
     """Hashes of the files or data sets that the splits were read from."""
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON; NaN is refused, since no other language could read it."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -59,19 +52,20 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         folder: Where it shall be; an older one of this name is replaced.
         fill: Writes the files into the folder that it is given.
     """
-    aside = folder.parent / f".tmp-{folder.name}"
+    aside, former = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "former"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         fill(aside)
         files = sorted(p for p in aside.rglob("*") if p.is_file())
-        write_json(aside / MANIFEST, {str(p.relative_to(aside)): sha256(p) for p in files})
-        for path in (*files, aside / MANIFEST, aside):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
+        write_json(aside / MANIFEST, {str(p.relative_to(aside)): sha256_of(p) for p in files})
+        sync(*files, aside / MANIFEST, aside)
+        if folder.exists():  # kept until the new one stands: a kill in between loses neither
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
         aside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
+        shutil.rmtree(former, ignore_errors=True)
     except BaseException:  # a full disk is a RuntimeError from torch, an OSError from json, another from safetensors
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -88,7 +82,7 @@ def fault(folder: Path) -> str | None:
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if sha256(folder / name) != expected:
+        if sha256_of(folder / name) != expected:
             return f"{name} does not match its hash"
     return None
 
@@ -207,11 +201,3 @@ def _load_optimizer(optimizer: Optimizer, path: Path, names: dict[Tensor, str]) 
             ],
         }
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
