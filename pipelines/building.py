@@ -20,7 +20,7 @@ from training.dropout import use_fast_dropout
 from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
-from training.models import Loaded, check_length, load_model, load_tokenizer
+from training.models import Loaded, check_length, load_config, load_model, load_tokenizer
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
 PASS_OVERHEAD = {"cpu": 128.0}
@@ -35,7 +35,14 @@ def build_task(config: RunConfig, rows: datasets.Dataset) -> Task:
     tokenizer = load_tokenizer(
         model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **kind.tokenizer_kwargs
     )
-    return kind.build(tokenizer, rows, max_length=model.max_length, stride=config.data.stride, options=config.options)
+    return kind.build(
+        tokenizer,
+        rows,
+        model_config=load_config(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code),
+        max_length=model.max_length,
+        stride=config.data.stride,
+        options=config.options,
+    )
 
 
 def audit_limits(config: RunConfig) -> Limits:
@@ -54,6 +61,7 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
     set_seed(config.seed)
     loaded = load_model(task.auto_class, **base_of(config), **task.model_kwargs())
     check_length(loaded.model, config.model.max_length)
+    task.check_model(loaded.model)
     return loaded
 
 

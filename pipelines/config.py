@@ -103,7 +103,7 @@ class TrainSection(Section):
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept, the newest ones and the best."""
     metric_for_best_model: str | None = None
-    """null takes the task's headline metric. Greater is better."""
+    """null takes the task's headline metric. Greater is better, but for perplexity and mse."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Evaluations without a better score before the run stops."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)

@@ -44,8 +44,8 @@ from training.export import export
 from training.loop import Trainee, train
 from training.tracking import Tracker, truncate_history, wandb_sinks
 
-LOWER_IS_BETTER = ("mse", "best_f1_thresh")
-"""Metrics that can not pick the best model by being greatest."""
+NOT_A_SCORE = ("best_f1_thresh",)
+"""Metrics that are neither better when greater nor when less."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Con
     Raises:
         UserError: The task has no such metric.
     """
-    if headline in LOWER_IS_BETTER:
+    if headline in NOT_A_SCORE:
         raise UserError(
-            f"{headline!r} is not better when greater",
+            f"{headline!r} is not better when greater, nor when less",
             where="train.metric_for_best_model",
             expected=f"such as {trainee.task.headline}",
         )

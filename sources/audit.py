@@ -184,8 +184,10 @@ def _keys(rows: Dataset, columns: Sequence[Column]) -> _Keys:
     )
 
 
-def _joined(cell: str | Sequence[str]) -> str:
-    return cell if isinstance(cell, str) else " ".join(cell)
+def _joined(cell: str | Sequence[str | Mapping[str, str]]) -> str:
+    if isinstance(cell, str):
+        return cell
+    return " ".join(part if isinstance(part, str) else part["content"] for part in cell)
 
 
 def _target(cell: Any, column: Column) -> Hashable:
@@ -201,6 +203,8 @@ def _balance(rows: Dataset, target: Column | None) -> dict[str, Any]:
     if target is None or target.role not in rows.column_names:
         return {"kind": "no targets"}
     cells = rows[target.role][:]
+    if target.kind == "text":
+        return {"kind": "texts", "counts": {"different": len(set(cells))}}
     if target.kind == "tags":
         return _tag_balance(cells)
     if target.kind == "answers":

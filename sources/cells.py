@@ -16,6 +16,7 @@ from sources.tables import Table, log
 
 TEXT = Value("large_string")  # 64-bit offsets: one column may hold more than 2 GiB
 ANSWERS = {"text": List(TEXT), "answer_start": List(Value("int64"))}
+MESSAGE = {"role": TEXT, "content": TEXT}
 LONG = 1_000_000
 
 Cells = tuple[list[Any], Any]
@@ -44,6 +45,8 @@ def convert(table: Table, name: str, column: Column, *, separator: str | None, s
             return _words(table, name, split=False), List(TEXT)
         case "answers":
             return _answers(table, name), ANSWERS
+        case "messages":
+            return _messages(table, name), List(MESSAGE)
         case "label":
             return _labels(table, name, separator)
 
@@ -254,6 +257,26 @@ def _answer(cell: Any) -> dict[str, Any] | None:
     good = len(texts) == len(starts) and all(isinstance(text, str) and text for text in texts)
     good = good and all(type(start) is int and start >= 0 for start in starts)
     return {"text": texts, "answer_start": starts} if good else None
+
+
+def _messages(table: Table, name: str) -> list[list[dict[str, str]]]:
+    cells = _complete(table, name)
+    _only(
+        table,
+        name,
+        cells,
+        lambda cell: isinstance(cell, list) and bool(cell) and all(map(_is_message, cell)),
+        expected='a list of messages, [{"role": "user", "content": "..."}, ...], with text and nothing else',
+    )
+    _check_unicode(table, name, [[message["content"] for message in cell] for cell in cells])
+    return [[{"role": message["role"], "content": message["content"]} for message in cell] for cell in cells]
+
+
+def _is_message(cell: Any) -> bool:
+    """Text only: a tool call or an image beside it would be left out of what is learned."""
+    if not isinstance(cell, dict) or any(value for key, value in cell.items() if key not in ("role", "content")):
+        return False
+    return _is_text(cell.get("role")) and _is_text(cell.get("content"))
 
 
 def _check_lengths(table: Table, words: Sequence[list[str]], tags: Sequence[list[str]]) -> None:

@@ -95,9 +95,11 @@ def rows_from_text(text: str, columns: tuple[Column, ...]) -> datasets.Dataset:
     Raises:
         UserError: Not as many parts as the task has inputs.
     """
-    inputs = [column for column in columns if not column.target and column.role != "id"]
+    inputs = [c for c in columns if not c.target and c.role != "id"]
+    if not any(column.required for column in inputs):  # alternatives: the first is the one that a text stands for
+        inputs = inputs[:1]
     parts = [part.strip() for part in text.split(PART)] if len(inputs) > 1 else [text]
-    least = sum(column.required for column in inputs)
+    least = max(1, sum(column.required for column in inputs))
     if not least <= len(parts) <= len(inputs) or not all(parts):
         raise UserError(
             f"{len(parts)} parts in {text[:60]!r}",
@@ -262,8 +264,8 @@ def _load_hub(source: str) -> datasets.Dataset:
 
 
 def _read_lines(path: Path, columns: Sequence[Column], dialect: Dialect) -> Table:
-    """Read a plain text file as the task's first required input, one row a line; blank lines are no rows."""
-    role = next(column.role for column in columns if column.required)
+    """Read a plain text file as the task's text or first required input, one row a line; blank lines are no rows."""
+    role = next((c.role for c in columns if c.required), None) or next(c.role for c in columns if c.role == "text")
     lines = read_text(path, dialect.encoding).replace("\r\n", "\n").split("\n")
     kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     blank = len(lines) - len(kept) - (not lines[-1])

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sources.columns import Column
-from tasks.options import ClassificationOptions, NerOptions, Options, QaOptions
+from tasks.options import ClassificationOptions, GenerationOptions, MlmOptions, NerOptions, Options, QaOptions
 
 if TYPE_CHECKING:
     from tasks.protocol import Task
@@ -58,4 +58,15 @@ TASKS: dict[str, TaskEntry] = {
             Column("answers", "answers", ("answers", "answer"), target=True),
         ),
     ),
+    "generation": TaskEntry(
+        "tasks.generation:Generation",
+        GenerationOptions,
+        (
+            Column("prompt", "text", ("prompt", "instruction", "question"), required=False),
+            Column("text", "text", ("text", "content", "document"), required=False),
+            Column("messages", "messages", ("messages", "conversation"), required=False),
+            Column("completion", "text", ("completion", "response", "answer"), required=False, target=True),
+        ),
+    ),
+    "mlm": TaskEntry("tasks.mlm:Mlm", MlmOptions, (Column("text", "text", ("text", "content", "document")),)),
 }

@@ -18,7 +18,7 @@ from tasks.protocol import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 IGNORED = -100
 """A label that no loss counts, as in ``torch.nn.functional.cross_entropy``."""
 NO_WORD = -1
@@ -30,8 +30,9 @@ def pad_batch(
     *,
     tokenizer: PreTrainedTokenizerBase,
     extra: Mapping[str, int | float] | None = None,
+    side: str | None = None,
 ) -> Batch:
-    """Pad features to the longest of them, on the tokenizer's padding side.
+    """Pad features to the longest of them.
 
     A feature is stored without padding, so that its attention mask is all ones and need not be stored: it is made here.
 
@@ -40,11 +41,12 @@ def pad_batch(
         tokenizer: Says the padding side and ids.
         extra: Further columns of one number a token, with the value that fills their padding: a float makes the
             column float32, an int int64. A column that the features lack (labels, in ``predict``) is left out.
+        side: Where the padding goes, ``left`` or ``right``; None leaves it to the tokenizer.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``token_type_ids`` if present, the extra columns (each BT) and ``row`` (B).
     """
-    keep_BT = _keep([len(example["input_ids"]) for example in examples], side=tokenizer.padding_side)
+    keep_BT = _keep([len(example["input_ids"]) for example in examples], side=side or tokenizer.padding_side)
     # Padding is masked out, so that for a tokenizer without a padding token (GPT-2) any id will do.
     fills: dict[str, int | float] = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, **(extra or {})}
     arrays = {name: _fill(examples, name, keep_BT, fill) for name, fill in fills.items() if name in examples[0]}

@@ -27,7 +27,7 @@ from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resampl
 from tasks.windows import window_room
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 HEADLINES: dict[ProblemType, str] = {
     "single_label_classification": "accuracy",
@@ -80,6 +80,7 @@ class Classification:
         tokenizer: PreTrainedTokenizerBase,
         rows: Rows,
         *,
+        model_config: PreTrainedConfig,
         max_length: int,
         stride: int,
         options: ClassificationOptions,
@@ -118,6 +119,9 @@ class Classification:
         for i, row in enumerate(rows):
             if "label" in row:
                 self._target(row["label"], where=f"{where}, row {i}")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Any model with this head will do."""
 
     def model_kwargs(self) -> dict[str, Any]:
         """Size and names of the head. The padding token tells decoder-only models where a text ends."""

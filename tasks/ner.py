@@ -33,7 +33,7 @@ from tasks.windows import owners, plan_windows, window_room
 from tasks.words import first_subwords, subwords_per_word, tokenize_words, word_prefix
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger("heedful.tasks.ner")
 
@@ -74,7 +74,14 @@ class Ner:
 
     @classmethod
     def build(
-        cls, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int, stride: int, options: NerOptions
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        *,
+        model_config: PreTrainedConfig,
+        max_length: int,
+        stride: int,
+        options: NerOptions,
     ) -> Self:
         """Find the tag scheme and the entity types in the training rows.
 
@@ -108,6 +115,9 @@ class Ner:
         check_tags([row["tags"] for _, row in tagged], where=where, scheme=self.scheme)
         for i, row in tagged:
             self._check_row(row["tokens"], row["tags"], where=f"{where}, row {i}")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Any model with this head will do."""
 
     def model_kwargs(self) -> dict[str, Any]:
         """Size and names of the head."""

@@ -4,13 +4,51 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Options(BaseModel):
     """Frozen; an unknown key is a fault."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+
+class DecodingOptions(Options):
+    """How text is generated; names as in transformers' ``GenerationConfig``. null leaves it to the checkpoint."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer, in tokens."""
+    num_beams: int = Field(default=1, ge=1)
+    """1 is greedy search."""
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0)
+
+
+class GenerationOptions(Options):
+    """Settings of ``generation``."""
+
+    packing: bool = True
+    """Plain text: put several short documents into one example, none of which sees another."""
+    decoding: DecodingOptions = DecodingOptions()
+
+
+class MlmOptions(Options):
+    """Settings of ``mlm``; names as in ``DataCollatorForLanguageModeling``."""
+
+    mlm_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens to be predicted."""
+    mask_replace_prob: float = Field(default=0.8, ge=0, le=1)
+    """Share of those that are replaced by the mask token."""
+    random_replace_prob: float = Field(default=0.1, ge=0, le=1)
+    """Share of those that are replaced by a random token; the rest stays."""
+    whole_word_mask: bool = False
+    """Mask all tokens of a word or none."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> MlmOptions:
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError("mask_replace_prob + random_replace_prob is more than 1")
+        return self
 
 
 class ClassificationOptions(Options):

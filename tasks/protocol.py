@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
 """Tensors whose first dimension is B."""
@@ -28,6 +28,8 @@ Prediction = Mapping[str, NDArray[Any]]
 """What ``predict`` said of one feature, without the batch dimension."""
 Output = dict[str, Any]
 """The answer for one row, ready for JSON."""
+LOWER_IS_BETTER = ("perplexity", "mse")
+"""Metrics of which the least value is the best; of all others it is the greatest."""
 Resample = Callable[[NDArray[np.int64]], dict[str, float]]
 """Metrics over the rows with these indices, repeats allowed (the bootstrap)."""
 
@@ -36,9 +38,12 @@ class Task(Protocol):
     """Rows -> features -> summed loss -> predictions -> outputs -> score. Implementations are frozen dataclasses."""
 
     name: ClassVar[str]
-    auto_class: ClassVar[type]
     tokenizer_kwargs: ClassVar[dict[str, Any]]
     """What the tokenizer must be loaded with for this task."""
+
+    @property
+    def auto_class(self) -> type:
+        """Of transformers, that loads the model with this task's head. A plain class variable will do."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -46,13 +51,20 @@ class Task(Protocol):
 
     @property
     def headline(self) -> str:
-        """The metric that picks the best checkpoint; greater is better. A plain class variable will do."""
+        """The metric that picks the best checkpoint, see ``LOWER_IS_BETTER``. A plain class variable will do."""
 
     @classmethod
     def build(
-        cls, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int, stride: int, options: Any
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        *,
+        model_config: PreTrainedConfig,
+        max_length: int,
+        stride: int,
+        options: Any,
     ) -> Self:
-        """Make the task from its training rows, which say what labels there are.
+        """Make the task from its training rows, which say what labels there are, and for this kind of model.
 
         Raises:
             UserError: The rows can not train this task (one class only, unknown tags, NaN labels, ...).
@@ -61,6 +73,9 @@ class Task(Protocol):
     def check(self, rows: Rows, *, where: str) -> None:
         """Refuse rows that this task, as built, can not score (labels unseen in training, broken spans, ...)."""
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that this task would train wrongly, by trying it out; called before anything is trained."""
+
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments for ``auto_class.from_pretrained``: ``num_labels``, ``id2label``, ..."""
 
@@ -68,7 +83,11 @@ class Task(Protocol):
         """Tokenize. Pure: no state, no randomness. Targets may be absent unless ``training``."""
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        """Pad features to a batch; labels are padded with -100. Draws no random numbers."""
+        """Pad features to a batch; labels are padded with -100.
+
+        Pure as well: what is drawn anew in each epoch follows from the example's ``draw``, the numbers (seed, epoch)
+        that the training loop gives each example and evaluation does not, and from its ``row``.
+        """
 
     def count(self, batch: Batch) -> Tensor:
         """Number (or total weight) of the targets in the batch, a float scalar, known before the forward pass."""

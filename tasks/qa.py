@@ -28,7 +28,7 @@ from tasks.spans import best_spans, softmax
 from tasks.windows import window_room
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 OUTSIDE = -1
 """Character offset of a token that is not of the context."""
@@ -67,7 +67,14 @@ class Qa:
 
     @classmethod
     def build(
-        cls, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int, stride: int, options: QaOptions
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        *,
+        model_config: PreTrainedConfig,
+        max_length: int,
+        stride: int,
+        options: QaOptions,
     ) -> Self:
         """Make the task and check its training rows.
 
@@ -95,6 +102,9 @@ class Qa:
         for i, row in enumerate(rows):
             if "answers" in row:
                 self._check_answers(row, where=f"{where}, row {i}")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Any model with this head will do."""
 
     def model_kwargs(self) -> dict[str, Any]:
         """The start and the end of an answer."""

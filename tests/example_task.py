@@ -29,7 +29,9 @@ class Stars:
     max_length: int
 
     @classmethod
-    def build(cls, tokenizer: Any, rows: Rows, *, max_length: int, stride: int, options: Any) -> Self:
+    def build(
+        cls, tokenizer: Any, rows: Rows, *, model_config: Any, max_length: int, stride: int, options: Any
+    ) -> Self:
         task = cls(tokenizer, max_length)
         task.check(rows, where="data.train")
         return task
@@ -38,6 +40,9 @@ class Stars:
         for row in rows:
             if row["label"] not in {"1", "2", "3", "4", "5"}:
                 raise UserError(f"{row['label']!r} stars", where=f"{where}, row {row['row'] + 1}", expected="1 to 5")
+
+    def check_model(self, model: nn.Module) -> None:
+        return None
 
     def model_kwargs(self) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}

@@ -8,6 +8,7 @@ import torch
 import transformers
 from tiny_text import SPECIAL, make_tokenizer
 from tokenizers.models import WordPiece
+from tokenizers.processors import ByteLevel
 
 from tasks import TASKS
 
@@ -20,6 +21,13 @@ FAMILIES = {
     "electra": SIZES | {"embedding_size": 8},
     "deberta-v2": SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "modernbert": SIZES | {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3},
+}
+DECODERS = {
+    "llama": SIZES,
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "mistral": SIZES | {"num_key_value_heads": 1, "sliding_window": 16},
+    "gemma2": SIZES | {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 16},
+    "qwen3": SIZES | {"num_key_value_heads": 1, "head_dim": 8},
 }
 NO_DROPOUT = {
     name: 0.0
@@ -35,13 +43,23 @@ NO_DROPOUT = {
         "embedding_dropout",
         "mlp_dropout",
         "summary_last_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
     )
 }
 
 
 def make_config(family, *, dropout=True, **kwargs):
-    sizes = COMMON | FAMILIES[family] | ({} if dropout else NO_DROPOUT) | kwargs
+    sizes = COMMON | (FAMILIES | DECODERS)[family] | ({} if dropout else NO_DROPOUT) | kwargs
     return transformers.AutoConfig.for_model(family, **sizes)
+
+
+def make_decoder_tokenizer():
+    """Byte-level, with a token that ends a text and none that begins it; no padding token, as GPT-2 has it."""
+    tokenizer = make_tokenizer("roberta", TEXTS)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="[SEP]")
 
 
 def make_model(family, auto_class, *, seed=0, **kwargs):

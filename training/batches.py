@@ -110,6 +110,7 @@ class EpochSteps(Dataset[list[Batch]]):
         features: Encoded rows; indexable by a list of indices into columns (``datasets.Dataset``).
         collate: The task's.
         plan: For each update the micro-batches' indices.
+        draw: Seed and epoch, given to each example as ``draw``: what a task draws anew in each epoch follows from it.
     """
 
     def __init__(
@@ -117,14 +118,17 @@ class EpochSteps(Dataset[list[Batch]]):
         features: Any,
         collate: Callable[[Sequence[Mapping[str, Any]]], Batch],
         plan: list[list[Indices]],
+        *,
+        draw: tuple[int, int],
     ) -> None:
-        self._features, self._collate, self._plan = features, collate, plan
+        self._features, self._collate, self._plan, self._draw = features, collate, plan, draw
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __getitem__(self, step: int) -> list[Batch]:
-        return [self._collate(examples(self._features, part)) for part in self._plan[step]]
+        drawn = {"draw": self._draw}
+        return [self._collate([e | drawn for e in examples(self._features, part)]) for part in self._plan[step]]
 
 
 def examples(features: Any, indices: Indices) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class UsedRows(nn.Module):
 
 
 def train_used_rows(model: PreTrainedModel, features: Any, *, padding: int) -> None:
-    """Replace the model's word embeddings by ``UsedRows``, unless another layer shares them.
+    """Replace the model's word embeddings by ``UsedRows``, unless another layer shares them or tokens are predicted.
 
     Args:
         features: The training features (``datasets.Dataset``), whose ``input_ids`` are all that the model will see.
@@ -66,6 +66,8 @@ def train_used_rows(model: PreTrainedModel, features: Any, *, padding: int) -> N
     """
     whole = model.get_input_embeddings()
     if type(whole) is not nn.Embedding or whole.max_norm is not None:
+        return
+    if model.get_output_embeddings() is not None:  # a masked language model is shown tokens that its rows lack
         return
     parameters = [p for module in model.modules() for p in module._parameters.values()]
     if sum(p is whole.weight for p in parameters) > 1:  # tied to an output layer, which reaches every row

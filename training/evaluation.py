@@ -56,5 +56,7 @@ def _forward(
     task: Task, model: nn.Module, features: Any, indices: Indices, accelerator: Accelerator
 ) -> list[Prediction]:
     batch = send_to_device(task.collate(examples(features, indices)), accelerator.device)
-    columns = {name: tensor.cpu().numpy() for name, tensor in task.predict(model, batch).items()}
+    with accelerator.autocast():
+        answers = task.predict(model, batch)
+    columns = {name: tensor.cpu().numpy() for name, tensor in answers.items()}
     return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]

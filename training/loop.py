@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import NonFiniteLossError, UserError
-from tasks.protocol import Batch, Task
+from tasks.protocol import LOWER_IS_BETTER, Batch, Task
 from training import checkpoints
 from training.batches import (
     Batching,
@@ -47,7 +47,7 @@ class Schedule:
 
     Args:
         total_steps: Updates in the whole run.
-        headline: The metric that picks the best checkpoint; greater is better.
+        headline: The metric that picks the best checkpoint; see ``tasks.protocol.LOWER_IS_BETTER``.
         eval_every: Updates between evaluations; None never evaluates.
         save_every: Updates between checkpoints; None saves a new best and the end only.
         keep: Checkpoints kept, beside the best one.
@@ -139,7 +139,7 @@ def train(
             better = False
             if schedule.due(schedule.eval_every, position.step):
                 metrics = evaluate()
-                better = _note_score(position, metrics[schedule.headline], threshold=schedule.threshold)
+                better = note_score(position, schedule, metrics[schedule.headline])
                 tracker.evaluation(position.step, epoch, metrics, best=better)
             exhausted = schedule.patience is not None and position.stale_evaluations >= schedule.patience
             last = position.step == schedule.total_steps or exhausted
@@ -177,7 +177,8 @@ def run_update(trainee: Trainee, micro: list[Batch], features: Any, *, step: int
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro, start=1):
         with nullcontext() if number == len(micro) else accelerator.no_sync(model):
-            loss = weight * task.loss(model, batch)
+            with accelerator.autocast():  # the model's own forward is in autocast anyway, a loss over its head is not
+                loss = weight * task.loss(model, batch)
             accelerator.backward(loss * (accelerator.num_processes / max(count, 1e-12)))
         loss_sum += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), trainee.max_grad_norm or inf))
@@ -215,9 +216,8 @@ def _updates(
             for batch in epoch_batches(lengths, batching, epoch=epoch)
         )
         plan = [micro_batches(share, lengths, batching) for share in shares][: first + stop - step]
-        for micro in epoch_loader(
-            EpochSteps(features, trainee.task.collate, plan), start=first, num_workers=batching.num_workers
-        ):
+        steps = EpochSteps(features, trainee.task.collate, plan, draw=(trainee.seed, epoch))
+        for micro in epoch_loader(steps, start=first, num_workers=batching.num_workers):
             step += 1
             yield step / per_epoch, micro
 
@@ -227,10 +227,10 @@ def _sum_over_ranks(accelerator: Accelerator, *values: Any) -> list[float]:
     return accelerator.reduce(own, "sum").tolist()  # type: ignore[no-any-return]
 
 
-def _note_score(position: Position, score: float, *, threshold: float) -> bool:
+def note_score(position: Position, schedule: Schedule, score: float) -> bool:
     """Record an evaluation; say whether it is the best so far."""
-    better = position.best_score is None or score > position.best_score + threshold
-    if better:
+    sign = -1.0 if schedule.headline in LOWER_IS_BETTER else 1.0
+    if better := position.best_score is None or sign * (score - position.best_score) > schedule.threshold:
         position.best_score, position.best_step, position.stale_evaluations = score, position.step, 0
     else:
         position.stale_evaluations += 1

@@ -50,7 +50,7 @@ def load_tokenizer(
         UserError: No tokenizer files (transformers 5 hands back one of five tokens), no fast tokenizer, or more
             tokens than the model has embeddings.
     """
-    config = _load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(
             "a model folder without tokenizer files",
@@ -98,7 +98,7 @@ def load_model(
     """
     if (Path(name) / MANIFEST).is_file() and (reason := fault(Path(name))):
         raise UserError(f"broken model folder: {reason}", where=name, fix="fetch or train it again")
-    config = _load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     if not new_head:
         _refuse_other_labels(config, auto_class, name, kwargs)
     with _quiet():
@@ -161,7 +161,12 @@ def supports_bf16(device: torch.device) -> bool:
     return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
-def _load_config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load a model's configuration.
+
+    Raises:
+        UserError: No such folder or model.
+    """
     if name.startswith((".", "/", "~", "assets/", "runs/")) and not Path(name).is_dir():
         raise UserError(
             "no such model folder", where=name, expected="a Hugging Face folder with config.json, or a Hub id"

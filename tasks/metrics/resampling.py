@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tasks.metrics.classification.classification import MOST_CLASSES_SHOWN
+from tasks.metrics.rouge.rouge import KINDS, rows_of_rouge
 from tasks.metrics.squad.squad import best_threshold, rows_of_scores, threshold_gains
 from tasks.protocol import Resample
 
@@ -98,6 +99,26 @@ def squad_v2(
         return scores | dict(zip(("best_f1", "best_f1_thresh"), best, strict=True))
 
     return metrics
+
+
+def perplexity(nlls: Sequence[float], tokens: Sequence[int]) -> Resample:
+    """Resampled form of ``metrics.perplexity.perplexity``."""
+    nll_N, tokens_N = np.asarray(nlls, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+
+    def metrics(rows_I: Indices) -> dict[str, float]:
+        total = tokens_N[rows_I].sum()
+        with np.errstate(over="ignore"):
+            return {"perplexity": float(np.exp(nll_N[rows_I].sum() / total)) if total else float("nan")}
+
+    return metrics
+
+
+def answers(texts: Sequence[str], golds: Sequence[str]) -> Resample:
+    """Resampled form of ``metrics.rouge.rouge``, with exact match."""
+    hit_N1 = np.array([[float(one == other)] for one, other in zip(texts, golds, strict=True)])
+    facts = np.hstack([rows_of_rouge(texts, golds), hit_N1])
+    names = [*KINDS, "exact_match"]
+    return lambda rows_I: dict(zip(names, facts[rows_I].mean(axis=0).tolist(), strict=True))
 
 
 def _f1(hits_C: NDArray[Any], predicted_C: NDArray[Any], true_C: NDArray[Any]) -> NDArray[np.float64]:

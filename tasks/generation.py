@@ -1,0 +1,335 @@
+"""Causal language modelling: plain text, a prompt with its completion, or a chat."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from heedful import UserError
+from tasks.batching import IGNORED, pad_batch
+from tasks.decoding import generate, pad_left, padding_id, to_texts
+from tasks.lm_loss import next_tokens, summed_loss, token_losses
+from tasks.metrics import resampling
+from tasks.metrics.loading import load_metric
+from tasks.options import DecodingOptions, GenerationOptions
+from tasks.packing import keeps_apart, pack
+from tasks.prompts import Piece, chat_pieces, completion_pieces, render, start_ids, tokenize_pieces
+from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
+from tasks.windows import plan_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Form = Literal["text", "completion", "chat"]
+TARGET_OF: dict[str, Form] = {"completion": "completion", "messages": "chat", "text": "text"}
+"""The column that tells what form the rows have."""
+ROLES = ("system", "user", "assistant", "tool")
+
+logger = logging.getLogger("heedful.tasks.generation")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Continue a text; implements ``Task``.
+
+    Plain text is learned from its first token to the one that ends it; of prompts and chats only the answers are. A
+    text beyond ``max_length`` becomes windows that share ``stride`` tokens, each learned from once. A prompt that
+    would leave no room for its completion loses its beginning.
+
+    Args:
+        tokenizer: Of the model.
+        max_length: Longest feature, in tokens.
+        stride: Tokens that two windows of a text share.
+        form: What the training rows hold.
+        packing: Put several short texts into one training example.
+        decoding: How answers are generated.
+    """
+
+    name: ClassVar[str] = "generation"
+    auto_class: ClassVar[type] = AutoModelForCausalLM
+    tokenizer_kwargs: ClassVar[dict[str, Any]] = {}
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    stride: int
+    form: Form
+    packing: bool
+    decoding: DecodingOptions
+
+    @property
+    def headline(self) -> str:
+        """The metric that picks the best checkpoint."""
+        return "perplexity" if self.form == "text" else "rougeL"
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        *,
+        model_config: PreTrainedConfig,
+        max_length: int,
+        stride: int,
+        options: GenerationOptions,
+    ) -> Self:
+        """Take the form from the columns of the training rows.
+
+        Raises:
+            UserError: Rows of no form or of several, no token that ends a text, a chat without a template, or windows
+                that would not move on.
+        """
+        form = _form(rows[0])
+        if tokenizer.eos_token_id is None:
+            raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
+        if form == "chat" and tokenizer.chat_template is None:
+            raise UserError(
+                "a tokenizer without a chat template",
+                where="model.name",
+                fix="take a chat model, or give the data as prompt and completion",
+            )
+        if form == "text" and not 1 <= stride <= max_length // 2:
+            raise UserError(
+                f"data.stride={stride}",
+                expected=f"1 to {max_length // 2}, half of model.max_length: the context that a window takes over",
+            )
+        logger.info("rows of the form %s; decoding: %s", form, _described(options.decoding))
+        return cls(tokenizer, max_length, stride, form, options.packing and form == "text", options.decoding)
+
+    def check(self, rows: Rows, *, where: str) -> None:
+        """Refuse rows of another form, and chats that can not be learned from.
+
+        Raises:
+            UserError: Naming the first such row.
+        """
+        form = _form(rows[0]) if "prompt" not in rows[0] or "completion" in rows[0] else self.form
+        if form != self.form:
+            raise UserError(f"rows of the form {form}", where=where, expected=f"{self.form}, as in training")
+        for i, row in enumerate(rows):
+            if "messages" in row:
+                _check_chat(row["messages"], where=f"{where}, row {i}")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Try out whether the model keeps packed texts apart.
+
+        Raises:
+            UserError: It does not look at the positions: one text would be learned with another before it.
+        """
+        if self.packing and not keeps_apart(model):
+            raise UserError(
+                f"{type(model).__name__} lets packed texts see each other",
+                where="generation.packing",
+                fix="generation.packing=false",
+            )
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Nothing: the head is the checkpoint's."""
+        return {}
+
+    def encode(self, rows: Columns, *, training: bool) -> Features:
+        """Tokenize; one feature a row, a window, or in training a block of packed texts.
+
+        Raises:
+            UserError: No token of these rows carries loss.
+        """
+        if "text" in rows:
+            windows = self._windows(rows)
+            features = list(pack(windows, self.max_length)) if self.packing and training else list(windows)
+        else:
+            features = self._answers(rows)
+        if training and not any(label != IGNORED for feature in features for label in feature["labels"][1:]):
+            raise UserError(
+                f"no token of rows {rows['row'][0]} to {rows['row'][-1]} carries loss",
+                expected="completions, or answers of the assistant, that are not empty",
+                fix="raise model.max_length, or look at the data",
+            )
+        for feature in features:
+            feature["length"] = len(feature["input_ids"])
+        return {name: [feature[name] for feature in features] for name in features[0]}
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad on the right, with ``labels`` and, where texts are packed, ``position_ids`` (each BT)."""
+        # In a packed batch every padding token begins a text of its own, at position 0: nothing sees it.
+        extra = {"labels": IGNORED, "position_ids": 0}
+        batch = pad_batch(examples, tokenizer=self.tokenizer, extra=extra, side="right")
+        if "prompt_length" in examples[0]:
+            batch["prompt_length"] = torch.tensor([example["prompt_length"] for example in examples])
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Tokens that carry loss."""
+        return (batch["labels"][:, 1:] != IGNORED).sum().float()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed cross-entropy of the next tokens."""
+        return summed_loss(model, _inputs(batch), next_tokens(batch["labels"]))
+
+    def predict(self, model: nn.Module, batch: Batch) -> Batch:
+        """Summed loss ``nll`` (B) over ``tokens`` (B); of prompts also the answers, ``generated`` (BG)."""
+        labels_BT = next_tokens(batch["labels"])
+        counts_B = (labels_BT != IGNORED).sum(dim=1)
+        sums_B = torch.zeros(len(counts_B), dtype=torch.float64, device=labels_BT.device)
+        if counts_B.any():
+            losses_N = token_losses(model, _inputs(batch), labels_BT).double()
+            sums_B.index_add_(0, torch.repeat_interleave(counts_B), losses_N)
+        answers = {"row": batch["row"], "nll": sums_B, "tokens": counts_B}
+        if "prompt_length" in batch:
+            prompts = pad_left(batch["input_ids"], batch["prompt_length"], padding_id(self.tokenizer))
+            answers["generated"] = generate(model, prompts, self.tokenizer, self.decoding)
+        return answers
+
+    def decode(self, predictions: Sequence[Prediction], rows: Rows) -> list[Output]:
+        """One answer a row.
+
+        Returns:
+            ``{"nll", "tokens"}`` in nats, where there is something to score; ``{"generated"}`` for prompts.
+        """
+        outputs: list[Output] = [{"nll": 0.0, "tokens": 0} for _ in range(len(rows))]
+        for prediction in predictions:
+            output = outputs[int(prediction["row"])]
+            output["nll"] += float(prediction["nll"])
+            output["tokens"] += int(prediction["tokens"])
+        if predictions and "generated" in predictions[0]:
+            texts = to_texts(self.tokenizer, [prediction["generated"] for prediction in predictions])
+            for prediction, text in zip(predictions, texts, strict=True):
+                outputs[int(prediction["row"])]["generated"] = text
+        return [output if output["tokens"] else {"generated": output.get("generated", "")} for output in outputs]
+
+    def score(self, outputs: Sequence[Output], rows: Rows) -> dict[str, float]:
+        """Perplexity of the learned tokens; of answers also ROUGE and exact match."""
+        nlls, tokens = _likelihoods(outputs)
+        scores = dict(load_metric("perplexity").compute(predictions=nlls, references=tokens))
+        if self.form == "text":
+            return scores
+        generated, references = [output["generated"] for output in outputs], _references(rows)
+        rouge = load_metric("rouge").compute(predictions=generated, references=references)
+        hits = [one == other for one, other in zip(generated, references, strict=True)]
+        return {**rouge, "exact_match": float(np.mean(hits)), **scores}
+
+    def resample(self, outputs: Sequence[Output], rows: Rows) -> Resample:
+        """The same metrics as a function of row indices."""
+        perplexity = resampling.perplexity(*_likelihoods(outputs))
+        if self.form == "text":
+            return perplexity
+        generated, references = [output["generated"] for output in outputs], _references(rows)
+        answers = resampling.answers(generated, references)
+        return lambda rows_I: answers(rows_I) | perplexity(rows_I)
+
+    def account(self, features: Columns, rows: Rows) -> dict[str, int]:
+        """Count ``tokens``, ``learned_tokens`` and, of prompts with answers, the ``tokens_lost``."""
+        lengths = list(features["length"])
+        learned = sum(label != IGNORED for labels in features["labels"] for label in labels[1:])
+        counts = {"features": len(lengths), "tokens": sum(lengths), "learned_tokens": learned}
+        if self.form == "text":
+            return counts
+        whole = [sum(len(ids) for ids, _ in pieces) for pieces in self._pieces(_columns(rows))]
+        return counts | {"tokens": sum(whole), "tokens_lost": sum(whole) - sum(lengths)}
+
+    def _windows(self, rows: Columns) -> Iterator[dict[str, Any]]:
+        start, end = start_ids(self.tokenizer), self.tokenizer.eos_token_id
+        texts = self.tokenizer(list(rows["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+        for row, ids in zip(rows["row"], texts, strict=True):
+            whole = [*start, *ids, end]
+            seen = 0
+            for first, last in plan_windows([1] * len(whole), room=self.max_length, stride=self.stride):
+                labels = [IGNORED] * (seen - first) + whole[seen:last]
+                yield {"input_ids": whole[first:last], "labels": labels, "row": row}
+                seen = last
+
+    def _answers(self, rows: Columns) -> list[dict[str, Any]]:
+        features = [
+            {**_joined(_fitted(pieces, self.max_length)), "row": row}
+            for row, pieces in zip(rows["row"], self._pieces(rows), strict=True)
+        ]
+        for feature in features:
+            if not feature["prompt_length"]:
+                raise UserError("an empty prompt", where=f"row {feature['row']}", expected="some text to go on from")
+        return features
+
+    def _pieces(self, rows: Columns) -> list[list[tuple[list[int], bool]]]:
+        chat = self.form == "chat"
+        return tokenize_pieces(self.tokenizer, [self._row_pieces(row) for row in _as_rows(rows)], special=not chat)
+
+    def _row_pieces(self, row: Mapping[str, Any]) -> list[Piece]:
+        if self.form != "chat":
+            return completion_pieces(row["prompt"], row.get("completion"), end=self.tokenizer.eos_token)
+        messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+        if messages[-1]["role"] == "assistant":
+            return chat_pieces(self.tokenizer, messages, where=f"row {row['row']}")
+        return [Piece(render(self.tokenizer, messages, answer_next=True), learned=False)]
+
+
+def _form(row: Mapping[str, Any]) -> Form:
+    forms = [form for column, form in TARGET_OF.items() if column in row]
+    if len(forms) == 1 and ("prompt" in row) == (forms[0] == "completion"):
+        return forms[0]
+    raise UserError(
+        f"the columns {', '.join(name for name in row if name != 'row')}",
+        where="data.train",
+        expected="text, or prompt and completion, or messages",
+        fix="name them: data.columns.prompt=...; drop the columns of the other forms",
+    )
+
+
+def _check_chat(messages: Sequence[Mapping[str, str]], *, where: str) -> None:
+    roles = [message["role"] for message in messages]
+    if unknown := sorted(set(roles) - set(ROLES)):
+        raise UserError(f"a message of the role {unknown[0]!r}", where=where, expected=f"one of {', '.join(ROLES)}")
+    if not roles or roles[-1] not in ("user", "assistant"):
+        raise UserError("a chat without an answer", where=where, expected="messages that end with the assistant's")
+
+
+def _described(decoding: DecodingOptions) -> str:
+    search = "greedy" if decoding.num_beams == 1 else f"{decoding.num_beams} beams"
+    return f"{search}, at most {decoding.max_new_tokens} new tokens"
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """Packed texts are told apart by their positions, which transformers looks at only without a mask and a cache."""
+    other = "position_ids" if "position_ids" in batch else "attention_mask"
+    return {"input_ids": batch["input_ids"], other: batch[other], "use_cache": False}
+
+
+def _fitted(pieces: list[tuple[list[int], bool]], max_length: int) -> list[tuple[list[int], bool]]:
+    """Cut the beginning of what comes before the last answer, and only if that is not enough the answer's end."""
+    *before, (last, learned) = pieces
+    if not learned:
+        before, last = pieces, []
+    last = last[: max_length - 1]
+    excess = sum(len(ids) for ids, _ in before) + len(last) - max_length
+    kept = []
+    for ids, flag in before:
+        cut = min(max(excess, 0), len(ids))
+        kept.append((ids[cut:], flag))
+        excess -= cut
+    return [*kept, (last, True)]
+
+
+def _joined(pieces: list[tuple[list[int], bool]]) -> dict[str, Any]:
+    ids = [token for part, _ in pieces for token in part]
+    labels = [token if learned else IGNORED for part, learned in pieces for token in part]
+    return {"input_ids": ids, "labels": labels, "prompt_length": sum(len(part) for part, _ in pieces[:-1])}
+
+
+def _as_rows(rows: Columns) -> list[dict[str, Any]]:
+    return [dict(zip(rows, cells, strict=True)) for cells in zip(*rows.values(), strict=True)]
+
+
+def _columns(rows: Rows) -> Columns:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _references(rows: Rows) -> list[str]:
+    if "completion" not in rows[0] and "messages" not in rows[0]:
+        raise UserError("prompts without completions", expected="what the answers are to be compared with")
+    return [(row["completion"] if "completion" in row else row["messages"][-1]["content"]).strip() for row in rows]
+
+
+def _likelihoods(outputs: Sequence[Output]) -> tuple[list[float], list[int]]:
+    return [output["nll"] for output in outputs], [output["tokens"] for output in outputs]

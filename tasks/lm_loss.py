@@ -1,0 +1,111 @@
+"""Cross-entropy over a vocabulary, of the labelled positions only and in chunks.
+
+The logits of a whole batch never exist at once: SmolLM2's vocabulary of 49,152 turns 1,024 tokens into 200 MB of fp32,
+and their softmax and gradient into as much again. Where the logits are the head's output and nothing else, the head is
+left out of the model's forward pass and applied chunk by chunk here, each recomputed in the backward pass (Chen et al.
+2016, https://arxiv.org/abs/1604.06174). Where the model does more to them (Gemma 2 caps them, BART adds a bias) they
+are taken as they come. Which it is, is tried out on the model itself.
+
+Shapes: B examples, T tokens, D hidden size, V vocabulary, N labelled positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from tasks.batching import IGNORED
+
+CHUNK = 2**24
+"""Logits in a chunk: 64 MiB in fp32."""
+
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def summed_loss(
+    model: nn.Module, inputs: Mapping[str, Any], labels_BT: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Sum of the cross-entropy over the positions whose label is not -100, in fp32; see ``token_losses``."""
+    return token_losses(model, inputs, labels_BT, label_smoothing=label_smoothing).sum()
+
+
+def token_losses(
+    model: nn.Module, inputs: Mapping[str, Any], labels_BT: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of each labelled position (N), in the order of ``labels_BT[labels_BT != -100]``.
+
+    Args:
+        model: A model with a language modelling head, possibly wrapped for data parallelism.
+        inputs: What its forward takes: tensors whose first dimension is B, and flags.
+        labels_BT: Of the logits at the same position: shift them for a causal model (``next_tokens``).
+        label_smoothing: As in ``torch.nn.functional.cross_entropy``.
+    """
+    keep_BT = labels_BT != IGNORED
+    labels_N = labels_BT[keep_BT]
+    losses = partial(cross_entropy, reduction="none", label_smoothing=label_smoothing)
+    head = _head(model)
+    if not _is_plain(model, head, inputs):
+        return losses(model(**inputs).logits[keep_BT].float(), labels_N)
+    with _left_out(head):
+        hidden_ND = model(**inputs).logits[keep_BT]
+    rows = max(1, CHUNK // head.weight.shape[0])
+
+    def chunk(hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
+        return losses(head(hidden_CD).float(), labels_C)
+
+    if len(labels_N) <= rows:
+        return chunk(hidden_ND, labels_N)
+    pairs = zip(torch.split(hidden_ND, rows), torch.split(labels_N, rows), strict=True)
+    return torch.cat([cast(Tensor, checkpoint(chunk, *pair, use_reentrant=False)) for pair in pairs])
+
+
+def next_tokens(labels_BT: Tensor) -> Tensor:
+    """Labels of a causal model: at each position the token after it."""
+    return torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    return bare.get_output_embeddings()  # type: ignore[operator,no-any-return]
+
+
+def _is_plain(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bool:
+    """Whether the logits are ``head(hidden)``, found out once a model with the first example."""
+    if head not in _plain_heads:
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        _plain_heads[head] = _try_out(bare, head, {n: v[:1] if isinstance(v, Tensor) else v for n, v in inputs.items()})
+    return _plain_heads[head]
+
+
+@torch.no_grad()
+def _try_out(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bool:
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(**inputs).logits
+        with _left_out(head):
+            hidden = model(**inputs).logits
+        return hidden.shape[-1] == head.weight.shape[1] and torch.equal(head(hidden), logits)
+    except RuntimeError:  # shapes that no longer fit: a bias of the size of the vocabulary, say
+        return False
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _left_out(head: nn.Module) -> Iterator[None]:
+    """Within, the head hands its input on. Its parameters stay where they are, under their names."""
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward

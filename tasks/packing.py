@@ -1,0 +1,50 @@
+"""Several texts in one example, none of which sees another.
+
+Positions begin anew with each text; without an attention mask and a cache, transformers reads from them where one text
+ends and the next begins (``find_packed_sequence_indices``). Not every architecture looks, so it is tried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tasks.batching import IGNORED
+
+
+def pack(windows: Iterator[dict[str, Any]], max_length: int) -> Iterator[dict[str, Any]]:
+    """Fill blocks with windows in their order. A text's first token is predicted from nothing, so it is not learned."""
+    block: dict[str, Any] = {}
+    for window in windows:
+        size = len(window["input_ids"])
+        part = {
+            "input_ids": window["input_ids"],
+            "labels": [IGNORED, *window["labels"][1:]],
+            "position_ids": list(range(size)),
+        }
+        if block and len(block["input_ids"]) + size <= max_length:
+            for name, values in part.items():
+                block[name] = block[name] + values
+            continue
+        if block:
+            yield block
+        block = {**part, "row": window["row"]}
+    if block:
+        yield block
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether a text's logits are the same alone and packed behind another one."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    first, second = torch.arange(2, 8, device=device), torch.arange(5, 10, device=device)
+    positions = torch.cat([torch.arange(len(text), device=device) for text in (first, second)])
+    packed = model(input_ids=torch.cat([first, second])[None], position_ids=positions[None], use_cache=False).logits
+    alone = model(input_ids=second[None], use_cache=False).logits
+    model.train(was_training)
+    return torch.allclose(packed[:, len(first) :], alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))

@@ -1,0 +1,115 @@
+"""From a prompt and its completion, or from a chat, to tokens of which only the answers carry loss.
+
+At prediction the model sees the tokens of the prompt alone, so training must show it the same ones, whatever a
+tokenizer would merge across the border to the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from heedful import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text, learned or only read."""
+
+    text: str
+    learned: bool
+
+
+def completion_pieces(prompt: str, completion: str | None, *, end: str) -> list[Piece]:
+    """A prompt, and what shall follow it with the token that ends a text."""
+    return [Piece(prompt, learned=False)] + ([] if completion is None else [Piece(completion + end, learned=True)])
+
+
+def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, where: str) -> list[Piece]:
+    """A chat as the tokenizer's template writes it: each answer is learned up to the token that ends it.
+
+    Raises:
+        UserError: The template writes earlier turns in another way once later ones follow, so that no part of its
+            text is the answer as it will be generated.
+    """
+    pieces: list[Piece] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:i], answer_next=True)
+        after = render(tokenizer, messages[: i + 1], answer_next=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise UserError(
+                f"the chat template rewrites what stands before turn {i}",
+                where=where,
+                expected="a template under which each turn begins with the text of those before it",
+                fix="give the chat as prompt and completion, written out",
+            )
+        answer = after[len(before) :].rstrip()  # the line break after the end token is not the model's to write
+        pieces += [Piece(before[len(done) :], learned=False), Piece(answer, learned=True)]
+        done = before + answer
+    return pieces
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> str:
+    """The chat as text; with ``answer_next`` up to where the answer begins."""
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next))
+
+
+def tokenize_pieces(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Piece]], *, special: bool
+) -> list[list[tuple[list[int], bool]]]:
+    """The token ids of each piece, with whether they are learned.
+
+    Args:
+        special: Put the tokenizer's own special tokens (Llama's beginning of a text) before the first piece; a chat
+            template writes them itself.
+    """
+    texts = [piece.text for pieces in rows for piece in pieces]
+    heads = [text for pieces in rows for text in accumulate(piece.text for piece in pieces)]
+    own, whole = (iter(_ids(tokenizer, column)) for column in (texts, heads))
+    start = start_ids(tokenizer) if special else []
+    return [
+        _with_flags(start, _parted([next(own) for _ in pieces], [next(whole) for _ in pieces]), pieces)
+        for pieces in rows
+    ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+
+def _parted(own: list[list[int]], heads: list[list[int]]) -> list[list[int]]:
+    """The tokens of each piece within the text, or by itself where a token would reach across a border.
+
+    Args:
+        own: Of each piece alone. A tokenizer may begin every text with a blank, which has no place between pieces.
+        heads: Of the text up to the end of each piece; the text's, if each begins with the one before.
+    """
+    befores = [[], *heads[:-1]]
+    if all(head[: len(before)] == before for before, head in zip(befores, heads, strict=True)):
+        return [head[len(before) :] for before, head in zip(befores, heads, strict=True)]
+    return own
+
+
+def _with_flags(start: list[int], ids: list[list[int]], pieces: Sequence[Piece]) -> list[tuple[list[int], bool]]:
+    flagged = [(part, piece.learned) for part, piece in zip(ids, pieces, strict=True)]
+    return [([*start, *flagged[0][0]], flagged[0][1]), *flagged[1:]] if flagged else []
+
+
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text: nothing for GPT-2, the token that begins a text for Llama."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:at]

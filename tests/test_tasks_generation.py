@@ -1,0 +1,266 @@
+"""Causal language modelling: every token learned once, from its own text alone, and only the answers of a prompt."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_families import DECODERS, TEXTS, make_decoder_tokenizer, make_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from heedful import UserError
+from tasks.generation import Generation
+from tasks.options import GenerationOptions
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}[SEP]\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat on"},
+    {"role": "user", "content": "the dog"},
+    {"role": "assistant", "content": "barked"},
+]
+PAIRS = {"prompt": ["the cat", "a dog barked", "Anna"], "completion": [" sat", " at the moon", " met Paul"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = make_decoder_tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+def table(**columns):
+    return datasets.Dataset.from_dict({"row": list(range(len(next(iter(columns.values()))))), **columns})
+
+
+def build(tokenizer, rows, *, max_length=32, stride=4, **options):
+    return Generation.build(
+        tokenizer, rows, model_config=None, max_length=max_length, stride=stride, options=GenerationOptions(**options)
+    )
+
+
+def as_examples(features):
+    return [dict(zip(features, cells, strict=True)) for cells in zip(*features.values(), strict=True)]
+
+
+def encoded(task, rows, *, training=True):
+    return as_examples(task.encode(rows[:], training=training))
+
+
+def predictions(task, model, rows):
+    with torch.no_grad():
+        found = task.predict(model, task.collate(encoded(task, rows, training=False)))
+    return [{k: v[i].numpy() for k, v in found.items()} for i in range(len(found["row"]))]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_packed_loss_is_that_of_each_text_alone(family, training, tokenizer):
+    rows = table(text=[*TEXTS, "a", "the cat " * 12])
+    model = make_model(family, AutoModelForCausalLM, dropout=False, initializer_range=0.3).train(training)
+    packed, plain = (build(tokenizer, rows, packing=packing) for packing in (True, False))
+    packed.check_model(model)
+    batches = [task.collate(encoded(task, rows)) for task in (packed, plain)]
+    losses = [task.loss(model, batch) for task, batch in zip((packed, plain), batches, strict=True)]
+    assert len(batches[0]["row"]) < len(batches[1]["row"])
+    assert (
+        packed.count(batches[0])
+        == plain.count(batches[1])
+        == sum(len(tokenizer(text)["input_ids"]) for text in rows["text"])
+    )
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    alone = [plain.loss(model, plain.collate([example])) for example in encoded(plain, rows)]
+    torch.testing.assert_close(losses[0], sum(alone), rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_would_let_packed_texts_see_each_other(tokenizer):
+    """The trap that ``use_cache=False`` is for: with transformers' default no one looks at the positions."""
+    rows = table(text=TEXTS)
+    model = make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
+    batch = build(tokenizer, rows).collate(encoded(build(tokenizer, rows), rows))
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        apart, together = (model(**inputs, use_cache=cache).logits for cache in (False, True))
+    assert not torch.allclose(apart, together, atol=1e-3)
+
+
+class Blind(torch.nn.Module):
+    """A model that ignores the positions."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, use_cache, position_ids=None):
+        return self.model(input_ids=input_ids, use_cache=use_cache)
+
+
+def test_a_model_that_packs_badly_is_refused(tokenizer):
+    rows = table(text=TEXTS)
+    model = Blind(make_model("llama", AutoModelForCausalLM, initializer_range=0.3))
+    with pytest.raises(UserError, match=r"generation.packing=false"):
+        build(tokenizer, rows).check_model(model)
+    build(tokenizer, rows, packing=False).check_model(model)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=8),
+    max_length=st.integers(8, 32),
+    stride=st.integers(1, 4),
+    packing=st.booleans(),
+)
+def test_every_token_is_learned_once(tokenizer, lengths, max_length, stride, packing):
+    rows = table(text=["a" * length for length in lengths])
+    task = build(tokenizer, rows, max_length=max_length, stride=stride, packing=packing)
+    examples = encoded(task, rows)
+    ids = [tokenizer(text)["input_ids"] for text in rows["text"]]
+    assert all(len(example["input_ids"]) <= max_length for example in examples)
+    # All but each text's first token, and the one that ends it.
+    assert sum(label != -100 for example in examples for label in example["labels"][1:]) == sum(map(len, ids))
+
+
+def test_the_end_is_learned_though_it_is_the_padding_too(tokenizer):
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    task = build(tokenizer, table(**PAIRS))
+    batch = task.collate(encoded(task, table(**PAIRS)))
+    ends = (batch["labels"] == tokenizer.eos_token_id).sum(dim=1)
+    assert ends.tolist() == [1, 1, 1]
+    assert (batch["input_ids"] == tokenizer.eos_token_id).sum() > 3
+
+
+def test_only_the_completion_is_learned(tokenizer):
+    rows = table(**PAIRS)
+    for example, completion in zip(encoded(build(tokenizer, rows), rows), rows["completion"], strict=True):
+        learned = [token for token in example["labels"] if token != -100]
+        assert tokenizer.decode(learned) == completion + "[SEP]"
+
+
+def test_only_the_answers_of_a_chat_are_learned(tokenizer):
+    rows = table(messages=[CHAT])
+    (example,) = encoded(build(tokenizer, rows, max_length=64), rows)
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False).rstrip()
+    assert example["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    learned = "".join(tokenizer.decode([token]) if token != -100 else "|" for token in example["labels"])
+    assert [part for part in learned.split("|") if part] == ["sat on[SEP]", "barked[SEP]"]
+    prompt = tokenizer.apply_chat_template(CHAT[:3], tokenize=False, add_generation_prompt=True)
+    shown = example["input_ids"][: example["prompt_length"]]
+    assert shown == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("border", range(1, 15))
+def test_the_prompt_is_tokenized_as_it_will_be_without_its_answer(border, tokenizer):
+    text = "the cat sat on"
+    (example,) = encoded(build(tokenizer, table(**PAIRS)), table(prompt=[text[:border]], completion=[text[border:]]))
+    prompt = example["input_ids"][: example["prompt_length"]]
+    assert prompt == tokenizer(text[:border])["input_ids"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    rows = table(messages=[CHAT])
+    with pytest.raises(UserError, match=r"rewrites what stands before turn"):
+        build(tokenizer, rows).encode(rows[:], training=True)
+
+
+def test_a_long_prompt_loses_its_beginning_and_it_is_counted(tokenizer):
+    rows = table(prompt=["the cat " * 20], completion=[" sat"])
+    task = build(tokenizer, rows, max_length=16)
+    (example,) = encoded(task, rows)
+    assert len(example["input_ids"]) == 16
+    assert tokenizer.decode([t for t in example["labels"] if t != -100]) == " sat[SEP]"
+    account = task.account(task.encode(rows[:], training=True), rows)
+    assert account["tokens_lost"] == account["tokens"] - 16 > 0
+
+
+def test_the_loss_is_that_of_the_whole_logits(tokenizer):
+    rows = table(**PAIRS)
+    task, model = build(tokenizer, rows), make_model("gemma2", AutoModelForCausalLM, initializer_range=0.3)
+    batch = task.collate(encoded(task, rows))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    whole = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(task.loss(model, batch), whole)
+    assert task.count(batch) == (batch["labels"] != -100).sum()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_answers_do_not_depend_on_the_batch(family, tokenizer):
+    """Padding on the left for generation, on the right for the likelihood: each row alone says the same."""
+    rows = table(**PAIRS)
+    task = build(tokenizer, rows, decoding={"max_new_tokens": 5})
+    model = make_model(family, AutoModelForCausalLM, initializer_range=0.3)
+    together = task.decode(predictions(task, model, rows), rows)
+    for i, output in enumerate(together):
+        one = table(**{name: [cells[i]] for name, cells in PAIRS.items()})
+        (alone,) = task.decode(predictions(task, model, one), one)
+        assert alone["generated"] == output["generated"]
+        assert alone["nll"] == pytest.approx(output["nll"], rel=1e-5)
+
+
+def test_scores_and_their_resampled_form(tokenizer):
+    rows = table(**PAIRS)
+    task = build(tokenizer, rows, decoding={"max_new_tokens": 5})
+    outputs = task.decode(predictions(task, make_model("llama", AutoModelForCausalLM), rows), rows)
+    outputs[1]["generated"] = "at the moon"
+    scores = task.score(outputs, rows)
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores.keys() >= {"rouge1", "rouge2", "rougeL", "perplexity", task.headline}
+    resampled = task.resample(outputs, rows)(np.arange(3))
+    assert resampled == {name: pytest.approx(scores[name], rel=1e-12) for name in resampled}
+
+
+def test_perplexity_of_a_text_is_over_all_its_tokens(tokenizer):
+    rows = table(text=[TEXTS[0], "the cat " * 30])
+    task, model = build(tokenizer, rows), make_model("llama", AutoModelForCausalLM)
+    outputs = task.decode(predictions(task, model, rows), rows)
+    assert [output["tokens"] for output in outputs] == [len(tokenizer(text)["input_ids"]) for text in rows["text"]]
+    ids = torch.tensor([[*tokenizer(TEXTS[0])["input_ids"], tokenizer.eos_token_id]])
+    with torch.no_grad():
+        alone = cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+    assert outputs[0]["nll"] == pytest.approx(alone.item(), rel=1e-5)
+    total = sum(o["nll"] for o in outputs) / sum(o["tokens"] for o in outputs)
+    assert task.score(outputs, rows)["perplexity"] == pytest.approx(np.exp(total))
+
+
+FAULTS = [
+    ({"text": ["a"], "messages": [CHAT]}, {}, r"the columns text, messages"),
+    ({"prompt": ["a"]}, {}, r"the columns prompt"),
+    ({"text": ["a"]}, {"stride": 0}, r"data.stride=0"),
+    ({"text": ["a"]}, {"stride": 17}, r"data.stride=17"),
+]
+
+
+@pytest.mark.parametrize(("columns", "options", "message"), FAULTS)
+def test_faults_of_the_user_are_named(columns, options, message, tokenizer):
+    with pytest.raises(UserError, match=message):
+        build(tokenizer, table(**columns), **options)
+
+
+def test_faults_of_rows_are_named(tokenizer):
+    bad = [{"role": "wizard", "content": "a"}]
+    for messages, message in (
+        (bad, r"row 0(.|\n)*'wizard'"),
+        ([{"role": "system", "content": "a"}], r"without an ans"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(tokenizer, table(messages=[CHAT])).check(table(messages=[messages]), where="data.train")
+    empty = table(prompt=["a"], completion=["b"])
+    with pytest.raises(UserError, match="carries loss"):
+        build(tokenizer, empty, max_length=1).encode(empty[:], training=True)
+    with pytest.raises(UserError, match=r"rows of the form text"):
+        build(tokenizer, table(**PAIRS)).check(table(text=["a"]), where="data.test")
+    with pytest.raises(UserError, match="an empty prompt"):
+        build(tokenizer, empty).encode(table(prompt=[""], completion=["b"])[:], training=True)
+
+
+def test_a_chat_needs_a_template():
+    with pytest.raises(UserError, match="chat template"):
+        build(make_decoder_tokenizer(), table(messages=[CHAT]))

@@ -1,0 +1,77 @@
+"""The loss in chunks is that over the whole logits, gradients included; where it can not be, nothing is chunked."""
+
+import pytest
+import torch
+from tiny_families import make_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from tasks import lm_loss
+from tasks.lm_loss import next_tokens, summed_loss, token_losses
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(400, (3, 20), generator=generator)
+    labels = ids.masked_fill(torch.rand(3, 20, generator=generator) < 0.3, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, next_tokens(labels)
+
+
+@pytest.mark.parametrize("chunk", [1, 400 * 7, 2**24])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_chunks_change_nothing(family, smoothing, chunk, monkeypatch):
+    monkeypatch.setattr(lm_loss, "CHUNK", chunk)
+    inputs, labels = make_batch()
+    model = make_model(family, AutoModelForCausalLM, dropout=False, initializer_range=0.3)
+    whole = cross_entropy(
+        model(**inputs).logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=smoothing
+    )
+    ours = summed_loss(model, inputs, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(ours, whole)
+    theirs, mine = (torch.autograd.grad(loss, list(model.parameters())) for loss in (whole, ours))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_logits_of_the_batch_never_exist_at_once(monkeypatch):
+    monkeypatch.setattr(lm_loss, "CHUNK", 400 * 4)
+    inputs, labels = make_batch()
+    model = make_model("llama", AutoModelForCausalLM)
+    largest = []
+    plain_forward = nn.Linear.forward
+
+    def forward(self, hidden):
+        if self is model.lm_head:
+            largest.append(hidden.shape[:-1].numel())
+        return plain_forward(self, hidden)
+
+    token_losses(model, inputs, labels)  # the first time the head is tried out, on one example
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    summed_loss(model, inputs, labels).backward()
+    assert max(largest) == 4
+
+
+def test_logits_that_the_model_changes_are_taken_whole():
+    inputs, labels = make_batch()
+    for family, plain in {"llama": True, "gemma2": False}.items():
+        model = make_model(family, AutoModelForCausalLM, initializer_range=0.3)
+        token_losses(model, inputs, labels)
+        assert lm_loss._plain_heads[model.lm_head] is plain
+
+
+def test_the_head_is_itself_again():
+    inputs, labels = make_batch()
+    model = make_model("llama", AutoModelForCausalLM)
+    before = model(**inputs).logits
+    names = list(model.state_dict())
+    summed_loss(model, inputs, labels)
+    assert torch.equal(model(**inputs).logits, before)
+    assert list(model.state_dict()) == names
+
+
+def test_no_label_no_loss():
+    inputs, labels = make_batch()
+    loss = summed_loss(make_model("llama", AutoModelForCausalLM), inputs, torch.full_like(labels, -100))
+    assert loss == 0
+    loss.backward()
