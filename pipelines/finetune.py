@@ -29,7 +29,7 @@ from pipelines.preparation import (
     split_sources,
     tell,
 )
-from pipelines.report import show_end
+from pipelines.report import learned_tokens, show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
 from sources.audit import Audit, audit, check, summary
@@ -142,6 +142,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         losses={split: task.account(features[split], rows[split]) for split in rows},
     )
     tell(console, *summary(audited))
+    if {"input_ids", "labels"} <= set(features["train"].column_names):
+        console.print(learned_tokens(task.tokenizer, features["train"][0]))
     check(audited, building.audit_limits(config))
     return Prepared(task, rows, features, {s: fingerprint(source) for s, source in sources.items()}, assets, audited)
 

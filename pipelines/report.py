@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from tasks import TASKS
 
 Metrics = Mapping[str, Mapping[str, float | list[float]]]
 
@@ -24,15 +29,35 @@ def metrics_table(metrics: Metrics) -> Table:
     return table
 
 
+PREVIEW_TOKENS = 200
+NOT_LEARNED = -100
+
+
+def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text:
+    """A training example as text, with the tokens that carry loss in green and underlined, the others dim.
+
+    Args:
+        feature: With ``input_ids`` and as many ``labels``, -100 where nothing is learned.
+    """
+    text = Text("what is learned of the first example: ")
+    runs = groupby(
+        zip(feature["input_ids"][:PREVIEW_TOKENS], feature["labels"][:PREVIEW_TOKENS], strict=True),
+        key=lambda pair: pair[1] != NOT_LEARNED,
+    )
+    for learned, pairs in runs:
+        text.append(tokenizer.decode([token for token, _ in pairs]), style="green underline" if learned else "dim")
+    if len(feature["labels"]) > PREVIEW_TOKENS:
+        text.append(" ...", style="dim")
+    return text
+
+
 def show_end(console: Console, metrics: Metrics, *, folder: str, task: str) -> None:
     """The end of a run: the figures, where everything is, and what to do next."""
     console.print(metrics_table(metrics))
-    text = "Alice flew from Paris to New York."
-    example = {"qa": f"Who flew to New York? ||| {text}", "classification": "Who flew to New York?"}.get(task, text)
     model = shlex.quote(f"{folder}/model")
     console.print(
         f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={model}"
-        f'\n        make predict CHECKPOINT={model} INPUT="{example}"',
+        f'\n        make predict CHECKPOINT={model} INPUT="{TASKS[task].example}"',
         highlight=False,
         markup=False,
     )

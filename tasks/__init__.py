@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One line of the table: where the task lives, its settings, the columns it reads."""
+    """One line of the table: where the task lives, its settings, the columns it reads, a text to try it on."""
 
     path: str
     options: type[Options]
     columns: tuple[Column, ...]
+    example: str
 
     def load(self) -> type[Task]:
         """Import the task's class (and with it torch and transformers)."""
@@ -39,6 +40,7 @@ TASKS: dict[str, TaskEntry] = {
             Column("text_pair", "text", ("text_pair", "sentence2", "hypothesis", "question2"), required=False),
             Column("label", "label", ("label", "labels", "class", "target", "category", "score"), target=True),
         ),
+        "Who flew to New York?",
     ),
     "ner": TaskEntry(
         "tasks.ner:Ner",
@@ -47,6 +49,7 @@ TASKS: dict[str, TaskEntry] = {
             Column("tokens", "words", ("tokens", "words")),
             Column("tags", "tags", ("tags", "ner_tags", "labels", "ner"), target=True),
         ),
+        "Alice flew from Paris to New York.",
     ),
     "qa": TaskEntry(
         "tasks.qa:Qa",
@@ -57,6 +60,7 @@ TASKS: dict[str, TaskEntry] = {
             Column("context", "text", ("context", "passage", "paragraph")),
             Column("answers", "answers", ("answers", "answer"), target=True),
         ),
+        "Who flew to New York? ||| Alice flew from Paris to New York.",
     ),
     "generation": TaskEntry(
         "tasks.generation:Generation",
@@ -67,6 +71,12 @@ TASKS: dict[str, TaskEntry] = {
             Column("messages", "messages", ("messages", "conversation"), required=False),
             Column("completion", "text", ("completion", "response", "answer"), required=False, target=True),
         ),
+        "The capital of Germany is",
     ),
-    "mlm": TaskEntry("tasks.mlm:Mlm", MlmOptions, (Column("text", "text", ("text", "content", "document")),)),
+    "mlm": TaskEntry(
+        "tasks.mlm:Mlm",
+        MlmOptions,
+        (Column("text", "text", ("text", "content", "document")),),
+        "Alice flew from Paris to New [MASK].",
+    ),
 }

@@ -48,8 +48,7 @@ class Generation:
         max_length: Longest feature, in tokens.
         stride: Tokens that two windows of a text share.
         form: What the training rows hold.
-        packing: Put several short texts into one training example.
-        decoding: How answers are generated.
+        options: Whether texts are packed, and how answers are generated.
     """
 
     name: ClassVar[str] = "generation"
@@ -60,8 +59,12 @@ class Generation:
     max_length: int
     stride: int
     form: Form
-    packing: bool
-    decoding: DecodingOptions
+    options: GenerationOptions
+
+    @property
+    def packing(self) -> bool:
+        """Whether several short texts are put into one training example."""
+        return self.form == "text" and self.options.packing
 
     @property
     def headline(self) -> str:
@@ -100,7 +103,7 @@ class Generation:
                 expected=f"1 to {max_length // 2}, half of model.max_length: the context that a window takes over",
             )
         logger.info("rows of the form %s; decoding: %s", form, _described(options.decoding))
-        return cls(tokenizer, max_length, stride, form, options.packing and form == "text", options.decoding)
+        return cls(tokenizer, max_length, stride, form, options)
 
     def check(self, rows: Rows, *, where: str) -> None:
         """Refuse rows of another form, and chats that can not be learned from.
@@ -181,7 +184,7 @@ class Generation:
         answers = {"row": batch["row"], "nll": sums_B, "tokens": counts_B}
         if "prompt_length" in batch:
             prompts = pad_left(batch["input_ids"], batch["prompt_length"], padding_id(self.tokenizer))
-            answers["generated"] = generate(model, prompts, self.tokenizer, self.decoding)
+            answers["generated"] = generate(model, prompts, self.tokenizer, self.options.decoding)
         return answers
 
     def decode(self, predictions: Sequence[Prediction], rows: Rows) -> list[Output]:

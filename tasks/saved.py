@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from heedful import UserError, __version__
 from tasks import TASKS
+from tasks.options import Options
 from tasks.protocol import Task
 
 FILE = "heedful.json"
@@ -23,7 +24,8 @@ def save_task(task: Task, folder: Path) -> None:
 def settings(task: Task) -> dict[str, Any]:
     """The task's fields but the tokenizer, which is saved with the model."""
     fields = dataclasses.fields(cast(Any, task))  # every task is a dataclass
-    return {field.name: getattr(task, field.name) for field in fields if field.name != "tokenizer"}
+    values = {field.name: getattr(task, field.name) for field in fields if field.name != "tokenizer"}
+    return {name: value.model_dump() if isinstance(value, Options) else value for name, value in values.items()}
 
 
 def load_task(folder: Path, tokenizer: Any) -> Task:
@@ -33,8 +35,11 @@ def load_task(folder: Path, tokenizer: Any) -> Task:
         UserError: The folder holds a model, but does not say for which task.
     """
     content = read(folder)
+    entry = TASKS[content["task"]]
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items()}
-    return TASKS[content["task"]].load()(tokenizer=tokenizer, **values)  # type: ignore[call-arg]
+    if "options" in values:
+        values["options"] = entry.options.model_validate(values["options"])
+    return entry.load()(tokenizer=tokenizer, **values)  # type: ignore[call-arg]
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -51,7 +51,12 @@ def as_examples(features):
 
 def build(tokenizer, rows, max_length=64, stride=0, **options):
     return Classification.build(
-        tokenizer, rows, max_length=max_length, stride=stride, options=ClassificationOptions(**options)
+        tokenizer,
+        rows,
+        model_config=None,
+        max_length=max_length,
+        stride=stride,
+        options=ClassificationOptions(**options),
     )
 
 
@@ -309,7 +314,7 @@ def test_a_model_of_pairs_refuses_single_texts_and_the_reverse(bert):
     single = [{name: row[name] for name in ("row", "text", "label")} for row in pairs]
     options = ClassificationOptions()
     for rows, others in ((pairs, single), (single, pairs)):
-        task = Classification.build(bert, rows, max_length=16, stride=0, options=options)
+        task = Classification.build(bert, rows, model_config=None, max_length=16, stride=0, options=options)
         task.check(rows, where="dev.csv")
         with pytest.raises(UserError, match="texts"):
             task.check(others, where="dev.csv")
@@ -318,7 +323,7 @@ def test_a_model_of_pairs_refuses_single_texts_and_the_reverse(bert):
 def test_decimal_labels_of_a_text_file_are_not_taken_for_classes(bert):
     rows = [{"row": i, "text": "a", "label": label} for i, label in enumerate(["3.5", "2", "1.25"])]
     with pytest.raises(UserError) as caught:
-        Classification.build(bert, rows, max_length=16, stride=0, options=ClassificationOptions())
+        Classification.build(bert, rows, model_config=None, max_length=16, stride=0, options=ClassificationOptions())
     assert "problem_type=regression" in caught.value.fix
     options = ClassificationOptions(problem_type="regression")
-    assert Classification.build(bert, rows, max_length=16, stride=0, options=options).labels == ()
+    assert Classification.build(bert, rows, model_config=None, max_length=16, stride=0, options=options).labels == ()

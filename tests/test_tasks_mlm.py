@@ -4,8 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny_families import TEXTS, make_decoder_tokenizer, make_model
-from tiny_text import make_tokenizer
+from tiny_families import TEXTS, make_decoder_tokenizer, make_masking_tokenizer, make_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM
 
@@ -19,9 +18,7 @@ LONG = "Anna met Paul in Berlin " * 20
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = make_tokenizer("bert", TEXTS)
-    made.add_special_tokens({"mask_token": "[MASK]"})
-    return made
+    return make_masking_tokenizer()
 
 
 def table(*texts):

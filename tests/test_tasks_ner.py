@@ -41,7 +41,9 @@ def make_rows(pairs=SENTENCES):
 
 def make_task(rows=None, tokenizer=TOKENIZER, *, max_length=64, stride=8, **options):
     options = NerOptions(**options)
-    return Ner.build(tokenizer, rows or make_rows(), max_length=max_length, stride=stride, options=options)
+    return Ner.build(
+        tokenizer, rows or make_rows(), model_config=None, max_length=max_length, stride=stride, options=options
+    )
 
 
 def columns(rows):

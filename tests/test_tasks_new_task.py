@@ -16,7 +16,7 @@ COLUMNS = (Column("text", "text", ("text",)), Column("label", "label", ("stars",
 
 
 def test_a_task_of_one_file_and_one_line_runs_through_every_step(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "stars", TaskEntry("example_task:Stars", Options, COLUMNS))
+    monkeypatch.setitem(TASKS, "stars", TaskEntry("example_task:Stars", Options, COLUMNS, "a film"))
     monkeypatch.chdir(tmp_path)
     save_body("distilbert", "model")
     rows = [{"text": ["it rained all day", "the cat sat"][i % 2], "stars": [1, 5][i % 2]} for i in range(16)]

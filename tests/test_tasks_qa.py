@@ -48,7 +48,9 @@ def as_examples(features):
 
 def build(tokenizer, rows=None, max_length=64, stride=4, **options):
     rows = rows if rows is not None else make_rows()
-    return Qa.build(tokenizer, rows, max_length=max_length, stride=stride, options=QaOptions(**options))
+    return Qa.build(
+        tokenizer, rows, model_config=None, max_length=max_length, stride=stride, options=QaOptions(**options)
+    )
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta", "left"])

@@ -55,6 +55,12 @@ def make_config(family, *, dropout=True, **kwargs):
     return transformers.AutoConfig.for_model(family, **sizes)
 
 
+def make_masking_tokenizer():
+    tokenizer = make_tokenizer("bert", TEXTS)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    return tokenizer
+
+
 def make_decoder_tokenizer():
     """Byte-level, with a token that ends a text and none that begins it; no padding token, as GPT-2 has it."""
     tokenizer = make_tokenizer("roberta", TEXTS)
@@ -69,9 +75,14 @@ def make_model(family, auto_class, *, seed=0, **kwargs):
 
 
 def save_body(family, folder, *, tokenizer=None, **kwargs):
-    """A folder with a body and no head, as pretrained checkpoints are; and a tokenizer."""
-    make_model(family, transformers.AutoModel, **kwargs).save_pretrained(folder)
-    (tokenizer or make_tokenizer("bert", TEXTS)).save_pretrained(folder)
+    """A folder with a body and no head, as pretrained checkpoints are; and a tokenizer.
+
+    A decoder's head is its embeddings again, or else in its checkpoint.
+    """
+    kind = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModel
+    make_model(family, kind, **kwargs).save_pretrained(folder)
+    usual = make_decoder_tokenizer if family in DECODERS else make_masking_tokenizer
+    (tokenizer or usual()).save_pretrained(folder)
     return folder
 
 
@@ -107,6 +118,8 @@ def make_rows(task, count=16, *, seed=0):
         elif task == "classification":
             columns["text"].append(" ".join(words))
             columns["label"].append("abc"[row % 3])
+        elif task in ("generation", "mlm"):
+            columns["text"].append(" ".join(words))
         else:
             columns["question"].append("where sat the cat")
             columns["context"].append(" ".join(words))
@@ -119,5 +132,6 @@ def make_task(name, family="bert", *, count=16, max_length=32):
     rows = make_rows(name, count)
     tokenizer = tokenizer_for(family)
     kind, options = TASKS[name].load(), TASKS[name].options()
-    task = kind.build(tokenizer, rows, max_length=max_length, stride=4, options=options)
+    config = make_config(family)
+    task = kind.build(tokenizer, rows, model_config=config, max_length=max_length, stride=4, options=options)
     return task, rows, datasets.Dataset.from_dict(task.encode(rows[:], training=True))

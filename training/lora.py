@@ -56,7 +56,12 @@ def add_lora(
         ) from error
     trained = {_plain(name) for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
     if missed := set(new) - trained:
-        raise RuntimeError(f"new parameters that LoRA would leave random: {sorted(missed)}")
+        raise UserError(
+            f"new parameters that LoRA can neither train nor save: {', '.join(sorted(missed))}",
+            where="lora",
+            expected="new parameters in modules of their own, not shared with others",
+            fix="leave out lora.r to train the whole model",
+        )
     # PEFT goes by the ends of names, so a new head called `dense` would free every pretrained layer of that name.
     if freed := sorted(n for n in trained - set(new) if n.startswith(f"{model.base_model_prefix}.")):
         raise UserError(
