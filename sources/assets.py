@@ -18,13 +18,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow.parquet as pq
 import yaml
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from heedful import UserError
+from sources.cards import write_card
 from sources.conversions import CONVERSIONS
 from sources.files import sha256_of, sync
 from sources.packages import Package, download, room, unpack
@@ -48,6 +48,7 @@ class Asset(Package):
         tasks: The tasks that use it.
         license: Its license, as the Hub abbreviates it.
         terms: What its publishers say of its use, in words.
+        language: The languages in it, by their codes.
         notice: A line of the publisher that travels with the data: shown when fetched, kept in the manifest.
         restricted: Whether terms or notice stand against publishing it, or what was trained on it.
     """
@@ -57,6 +58,7 @@ class Asset(Package):
     tasks: tuple[str, ...]
     license: str
     terms: str
+    language: tuple[str, ...] = ("en",)
     notice: str = ""
     restricted: bool = False
 
@@ -149,30 +151,6 @@ def check(asset: Asset, folder: Path, *, verify: bool = False) -> None:
 # ---------------------------------------------------------------------------------------------------- fetching
 
 
-_SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (float("inf"), "n>1M"))
-"""The Hub's words for numbers of rows."""
-
-
-def _card(asset: Asset, folder: Path, body: str) -> str:
-    """Write the dataset card: the Hub's front matter, then origin, counts and terms."""
-    splits = [name for name in ("train", "validation", "test") if (folder / f"{name}.parquet").is_file()]
-    files = [{"split": name, "path": f"{name}.parquet"} for name in splits]
-    rows = sum(pq.read_metadata(folder / file["path"]).num_rows for file in files)
-    front = {
-        "pretty_name": asset.name,
-        "license": asset.license,
-        "language": ["en"],
-        "size_categories": [next(name for limit, name in _SIZES if rows < limit)],
-        "configs": [{"config_name": "default", "data_files": files}],
-    }
-    notice = f"\n## The publisher's notice\n\n> {asset.notice}\n" if asset.notice else ""
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {asset.name}\n\n"
-        f"Made by heedful from {asset.file} ({asset.pin}, {asset.registry}, sha256 `{asset.sha256}`).\n"
-        f"{notice}\n## Rows\n\n{body}\n\n## Terms\n\n{asset.terms}\n"
-    )
-
-
 def _clear(asset: Asset, downloads: Path) -> None:
     for left in downloads.glob(f"{asset.name}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
@@ -215,7 +193,17 @@ def _build(asset: Asset, work: Path, package: Path, *, target: Path) -> None:
     made.mkdir()
     unpack(asset, package, members)
     if body := CONVERSIONS[asset.conversion](members, made):
-        (made / "README.md").write_text(_card(asset, made, body), encoding="utf-8")
+        origin = f"Made by heedful from {asset.file} ({asset.pin}, {asset.registry}, sha256 `{asset.sha256}`)."
+        write_card(
+            asset.name,
+            made,
+            origin=origin,
+            body=body,
+            license=asset.license,
+            terms=asset.terms,
+            language=asset.language,
+            notice=asset.notice,
+        )
     _write_record(asset, made)
     sync(*made.rglob("*"), made)
     os.replace(made, target)

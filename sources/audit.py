@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -24,6 +21,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from heedful import UserError
 from sources.columns import Column
+from sources.texts import normalize
 
 EXAMPLES = 3
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -151,19 +149,6 @@ def summary(result: Audit) -> list[str]:
     for split, part in result.losses.items():
         lines += _loss_lines(split, part)
     return lines
-
-
-def normalize(text: str) -> str:
-    """Lower case, NFKC, no punctuation, single blanks; a text of punctuation only stays what it is."""
-    plain = unicodedata.normalize("NFKC", text).lower()
-    return " ".join(_punctuation().sub(" ", plain).split()) or " ".join(plain.split())
-
-
-@cache
-def _punctuation() -> re.Pattern[str]:
-    """Unicode's categories P*; ``[^\\w\\s]`` would also take the vowel signs of Indic scripts."""
-    codes = (chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith("P"))
-    return re.compile("[" + "".join(map(re.escape, codes)) + "]+")
 
 
 def _keys(rows: Dataset, columns: Sequence[Column]) -> _Keys:

@@ -7,12 +7,14 @@ Nothing is drawn at random, so the same members make the same rows on every mach
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,25 @@ import pyarrow.parquet as pq
 
 from sources.conll import read_conll
 from sources.tables import Dialect
+from sources.texts import normalize
 
 Conversion = Callable[[Path, Path], str]
 Columns = dict[str, list[Any]]
 """Columns of equal length."""
 
 
-def _write(tables: Mapping[str, Columns], target: Path) -> str:
+def write_splits(tables: Mapping[str, Columns], target: Path) -> str:
     """Write one parquet file a split and return the card's table of counts."""
     lines = ["| split | rows |", "|---|---|"]
     for split, columns in tables.items():
         table = pa.table(columns)
-        pq.write_table(table, target / f"{split}.parquet")
+        pq.write_table(table, target / f"{split}.parquet", compression="zstd", compression_level=9)
         lines.append(f"| {split} | {table.num_rows:,} |")
     return "\n".join(lines)
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Columns:
+def columns_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Columns:
+    """Turn rows into the columns of these names."""
     return {name: [row[name] for row in rows] for name in names}
 
 
@@ -45,6 +49,45 @@ def model_folder(source: Path, target: Path) -> str:
     """Copy the members of a model folder as they are, its model card among them."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     return ""
+
+
+# --------------------------------------------------------------------------------------------------- SmolLM2
+
+
+def smollm2(source: Path, target: Path) -> str:
+    """SmolLM2 from llama.cpp's GGUF: the weights de-quantised and rounded to bf16, the tokenizer mended.
+
+    transformers refuses to save what it has read from GGUF, so the weights move to a model of the same shape that
+    knows nothing of it. It also reads the tokenizer without the step that splits digits (`tokenizer.ggml.pre` is
+    "smollm"): "  5" would become other tokens than those that the model was trained on.
+    """
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (file,) = source.glob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32)
+    settings = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(type(read.config).from_dict(settings), dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(target)
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, gguf_file=file.name, model_max_length=model.config.max_position_embeddings
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+    )
+    tokenizer.save_pretrained(target)
+    return (
+        f"{model.num_parameters():,} parameters. The file holds them quantised, most of them to 4 bits (Q4_1). They "
+        "were de-quantised in fp32 and then **rounded to bf16**, by at most 0.2 % of each weight, which halves the "
+        "folder. So they are a little worse than those that SmolLM2's authors publish. The tokenizer and its chat "
+        "template are those of the file. Digits are split one by one again, as `tokenizer.ggml.pre` asks and "
+        "transformers does not read, and `model_max_length` is the model's own "
+        f"{tokenizer.model_max_length:,}. The padding token is the file's: `<|im_end|>`, which also ends each turn of "
+        "a chat."
+    )
 
 
 # ------------------------------------------------------------------------------------------------- CoNLL-2003
@@ -61,9 +104,9 @@ def conll(source: Path, target: Path) -> str:
         tables[split] = {column: sentences.cells(column) for column in ("tokens", "tags")}
     words_of = {split: sum(map(len, table["tokens"])) for split, table in tables.items()}
     return (
-        f"{_write(tables, target)}\n\nWords: {words_of}. The splits are the publisher's own. Columns: `tokens`, a list "
-        "of words; `tags`, a list of BIO tags (PER, ORG, LOC, MISC). Lines with -DOCSTART- are left out, so the "
-        "borders of documents are lost."
+        f"{write_splits(tables, target)}\n\nWords: {words_of}. The splits are the publisher's own. Columns: `tokens`, "
+        "a list of words; `tags`, a list of BIO tags (PER, ORG, LOC, MISC). Lines with -DOCSTART- are left out, so "
+        "the borders of documents are lost."
     )
 
 
@@ -73,6 +116,7 @@ _HELD_OUT = 500
 
 
 def _normalized(text: str) -> str:
+    # Not `normalize`: another order would be another split, and the figures in docs/ were measured on this one.
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -100,7 +144,9 @@ def trec(source: Path, target: Path) -> str:
     ]
     kept.sort(key=lambda row: hashlib.sha256(_normalized(row["text"]).encode()).digest())
     cut = {"train": kept[2 * _HELD_OUT :], "validation": kept[_HELD_OUT : 2 * _HELD_OUT], "test": kept[:_HELD_OUT]}
-    counts = _write({split: _columns(rows, ("text", "label", "fine_label")) for split, rows in cut.items()}, target)
+    counts = write_splits(
+        {split: columns_of(rows, ("text", "label", "fine_label")) for split, rows in cut.items()}, target
+    )
     return (
         f"{counts}\n\nThe package's file is the official training set of 5,452 questions (TREC) together with its own "
         f"subsets of 1,000 to 4,000, {len(lines):,} lines in all, of which {len(set(lines)):,} are distinct. Texts "
@@ -130,7 +176,7 @@ def _question(title: str, context: str, entry: Mapping[str, Any]) -> dict[str, A
         "title": title,
         "question": entry["question"],
         "context": context,
-        "answers": _columns(aligned, ("text", "answer_start")),
+        "answers": columns_of(aligned, ("text", "answer_start")),
         "dropped": len(entry["answers"]) - len(aligned),
     }
 
@@ -160,7 +206,7 @@ def squad(source: Path, target: Path) -> str:
     }
     kept = {split: [row for row in rows if row["answers"]["text"]] for split, rows in splits.items()}
     names = ("id", "question", "context", "answers")
-    counts = _write({split: _columns(rows, names) for split, rows in kept.items()}, target)
+    counts = write_splits({split: columns_of(rows, names) for split, rows in kept.items()}, target)
     spans = {split: sum(row["dropped"] for row in rows) for split, rows in splits.items()}
     questions = {split: len(splits[split]) - len(rows) for split, rows in kept.items()}
     return (
@@ -172,4 +218,84 @@ def squad(source: Path, target: Path) -> str:
     )
 
 
-CONVERSIONS: dict[str, Conversion] = {"model_folder": model_folder, "conll": conll, "trec": trec, "squad": squad}
+# ------------------------------------------------------------------------------------------------ WikiText-2
+
+
+def _articles(path: Path) -> list[str]:
+    """Cut a file of WikiText at its headings of the first level; joined again, the articles are the file.
+
+    Lines such as " = Played , W = " are what is left of tables and formulas: only a heading has blank lines around it.
+    """
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        lines = list(file)
+    blank = [not line.strip() for line in lines]
+    starts = [
+        i - 1
+        for i, line in enumerate(lines)
+        if re.fullmatch(r" = (?!= ).* = \n", line) and blank[i - 1 : i] == [True] and blank[i + 1 : i + 2] == [True]
+    ]
+    return ["".join(lines[a:b]) for a, b in pairwise([0, *starts[1:], len(lines)])]
+
+
+def wikitext(source: Path, target: Path) -> str:
+    """WikiText-2 raw (Merity et al., "Pointer Sentinel Mixture Models", 2016), one row an article."""
+    texts = {
+        split: _articles(source / f"{name}.raw.gz")
+        for split, name in {"train": "train", "validation": "valid", "test": "test"}.items()
+    }
+    counts = write_splits({split: {"text": articles} for split, articles in texts.items()}, target)
+    words = {split: sum(len(article.split()) for article in articles) for split, articles in texts.items()}
+    return (
+        f"{counts}\n\nWords: {words}. The splits are the publisher's own. Column: `text`, a whole article with its "
+        "headings (` = Title = `, ` = = Section = = `). Nothing is changed: the rows of a split, joined in their order "
+        "without anything between them, are the publisher's file to the byte, with its blanks around punctuation and "
+        "its `@-@`, `@,@` and `@.@` inside words and numbers. A row begins with the blank line before its title."
+    )
+
+
+# --------------------------------------------------------------------------------------------------- Tatoeba
+
+_HELD_OUT_SENTENCES = 2000
+
+
+def _hash_of(text: str) -> bytes:
+    return hashlib.sha256(normalize(text).encode()).digest()
+
+
+def tatoeba(source: Path, target: Path) -> str:
+    """Sentence pairs of Tatoeba, a line each: English, tab, Spanish, tab, attribution.
+
+    The order is that of a hash of the English sentence, and all translations of a sentence are in one split.
+    """
+    lines = (source / "spa.tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    names = ("source", "target", "attribution")
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    rows.sort(key=lambda row: (_hash_of(row["source"]), *row.values()))
+    place = {text: i for i, text in enumerate(dict.fromkeys(normalize(row["source"]) for row in rows))}
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
+    for row in rows:
+        group = min(place[normalize(row["source"])] // _HELD_OUT_SENTENCES, 2)
+        splits[("test", "validation", "train")[group]].append(row)
+    counts = write_splits({split: columns_of(part, names) for split, part in splits.items()}, target)
+    known = {normalize(row["target"]) for row in splits["train"]}
+    seen = {s: sum(normalize(row["target"]) in known for row in splits[s]) for s in ("validation", "test")}
+    return (
+        f"{counts}\n\nPairs of sentences, all {len(lines):,} lines of the package's file, nothing changed. English "
+        f"sentences that are equal but for case and punctuation ({len(place):,} are left) stand with all their "
+        f"translations in one split. **The splits are heedful's own**, by a fixed hash of the English sentence: "
+        f"{_HELD_OUT_SENTENCES:,} sentences each for validation and test. Spanish sentences are not kept apart: of the "
+        f"pairs, {seen} have a Spanish side that also translates another sentence in train. Many sentences differ by a "
+        "name or a word only. Columns: `source`, English; `target`, Spanish; `attribution`, the line's license and the "
+        "numbers and authors of both sentences, to be kept with them."
+    )
+
+
+CONVERSIONS: dict[str, Conversion] = {
+    "model_folder": model_folder,
+    "smollm2": smollm2,
+    "conll": conll,
+    "trec": trec,
+    "squad": squad,
+    "wikitext": wikitext,
+    "tatoeba": tatoeba,
+}

@@ -35,7 +35,8 @@ class Package(BaseModel):
         file: The file's name; a wheel or a source distribution (``.tar.gz``).
         sha256: The file's hash.
         size: The file's size in bytes.
-        unpacked: Bytes that pip unpacks a source distribution to, 0 for a wheel.
+        unpacked: Bytes that pip unpacks a source distribution to, or that a conversion writes; 0 for a wheel whose
+            files become no larger.
         folder: Folder in the file that the names of the members start from.
         members: Hash of each member that is taken.
     """

@@ -1,5 +1,6 @@
 """Assets: what arrives is what was pinned, whole or not at all, and offline from then on. No network: tiny packages."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -13,14 +14,20 @@ import zipfile
 from pathlib import Path
 
 import datasets
+import gguf
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heedful import UserError
 from sources import assets as assets_module
 from sources.assets import Asset, ensure, fetch, load_table, record
-from sources.conversions import CONVERSIONS, squad, trec
+from sources.conversions import CONVERSIONS, smollm2, squad, tatoeba, trec, wikitext
+from sources.texts import normalize
 
 REPO = Path(__file__).parents[1]
 METADATA = "Metadata-Version: 2.1\nName: tiny-pack\nVersion: 1.0\n"
@@ -365,6 +372,7 @@ def test_the_projects_own_table_is_sound():
     table = load_table(REPO / "assets.yaml")
     assert len(table) == len(yaml.safe_load((REPO / "assets.yaml").read_text()))
     assert {"all-MiniLM-L6-v2", "conll2003", "trec", "squad_shifts"} <= set(table)
+    assert table["tatoeba-en-es"].language == ("en", "es")
     assert "canary GUID" in table["squad_shifts"].notice
     assert all(asset.terms for asset in table.values())
 
@@ -424,6 +432,123 @@ def test_squad_drops_misaligned_answers_and_splits_by_article(tmp_path):
     assert "{'train': 1, 'validation': 0, 'test': 1}" in body
 
 
+def split_rows(folder):
+    return {split: pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "validation", "test")}
+
+
+@pytest.fixture
+def places(tmp_path):
+    folders = tmp_path / "source", tmp_path / "target"
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def test_wikitext_is_cut_at_titles_alone_and_loses_nothing(places):
+    source, target = places
+    first = " \n = One = \n \n Text \u2028 of one . \n \n = = Part = = \n \n = Played , W = \n Won \n = 1 = \n"
+    second = " \n = Two = 2 = \n \n Text of two . \n"
+    files = {"train": first + second, "valid": second, "test": " \n = Three = \n \n = = Part = = \n \n"}
+    for name, text in files.items():
+        (source / f"{name}.raw.gz").write_bytes(gzip.compress(text.encode()))
+    wikitext(source, target)
+    texts = {split: [row["text"] for row in rows] for split, rows in split_rows(target).items()}
+    assert texts == {"train": [first, second], "validation": [second], "test": [files["test"]]}
+
+
+def test_tatoeba_keeps_the_translations_of_a_sentence_together(places):
+    source, target = places
+    by = "CC-BY 2.0 (France) Attribution: tatoeba.org #1 (a) & #2 (b)"
+    lines = [f"I have {i}.\tTengo {i}.\t{by}" for i in range(4100)]
+    lines += [f"{start} {i}!\tYo tengo {i}.\t{by}" for i in range(4100) for start in ("I have", "“I HAVE”")]
+    (source / "spa.tsv").write_text("\n".join(lines) + "\n")
+    body = tatoeba(source, target)
+    splits = split_rows(target)
+    assert sorted("\t".join(row.values()) for rows in splits.values() for row in rows) == sorted(lines)
+    sides = {split: {normalize(row["source"]) for row in rows} for split, rows in splits.items()}
+    assert {split: len(texts) for split, texts in sides.items()} == {"train": 100, "validation": 2000, "test": 2000}
+    assert len(set.union(*sides.values())) == 4100
+    assert "4,100 are left" in body
+    first = digest(target / "train.parquet")
+    (source / "spa.tsv").write_text("\n".join(reversed(lines)) + "\n")
+    tatoeba(source, target)
+    assert digest(target / "train.parquet") == first, "the order of the lines matters"
+
+
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+
+
+def write_gguf(file):
+    """A llama of one layer whose numbers are 4 bits wide, with the 256 bytes and two merges as its vocabulary."""
+    hidden, heads, wide = 64, 2, 96
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*specials, *sorted(ByteLevel.alphabet()), "ĠĠ", "he"]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(wide)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(specials) + [1] * (len(tokens) - len(specials)))
+    writer.add_token_merges(["Ġ Ġ", "h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(TEMPLATE)
+    shapes = {
+        "token_embd": (len(tokens), hidden),
+        "blk.0.attn_q": (hidden, hidden),
+        "blk.0.attn_k": (hidden // heads, hidden),
+        "blk.0.attn_v": (hidden // heads, hidden),
+        "blk.0.attn_output": (hidden, hidden),
+        "blk.0.ffn_gate": (wide, hidden),
+        "blk.0.ffn_up": (wide, hidden),
+        "blk.0.ffn_down": (hidden, wide),
+    }
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = random.normal(size=shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_1
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", random.normal(size=hidden).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_smollm2_becomes_an_ordinary_folder_with_all_its_weights_and_its_own_tokens(places):
+    source, target = places
+    write_gguf(source / "tiny.Q4_1.gguf")
+    body = smollm2(source, target)
+    model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file="tiny.Q4_1.gguf", dtype=torch.float32)
+    assert not any(info.values())
+    assert model.dtype == torch.bfloat16
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], tensor.bfloat16()) for name, tensor in read.state_dict().items())
+    assert not hasattr(model.config, "quantization_config")
+    assert f"{model.num_parameters():,} parameters" in body
+    model.save_pretrained(target / "again")
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.tokenize("he  12\n 3") == ["he", "ĠĠ", "1", "2", "Ċ", "Ġ", "3"]
+    assert tokenizer.decode(tokenizer("ñ  12, 日本").input_ids) == "ñ  12, 日本"
+    assert tokenizer.model_max_length == 128
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "he"}], tokenize=False)
+    assert text == "<|im_start|>he<|im_end|>"
+    assert tokenizer(text).input_ids == [1, tokenizer.convert_tokens_to_ids("he"), 2]
+
+
 def test_the_card_opens_with_load_dataset_and_tells_the_terms(tmp_path, wheel, monkeypatch):
     def convert(source, target):
         datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(target / "train.parquet")
@@ -458,3 +583,14 @@ def test_the_real_assets_are_those_of_the_literature():
     words = [sum(map(len, pq.read_table(conll / f"{split}.parquet")["tokens"].to_pylist())) for split in COUNTS["trec"]]
     assert words == [203621, 51362, 46435]
     assert digest(model / "model.safetensors").startswith("53aa51172d142c89")
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not (REPO / "assets/SmolLM2-135M-Instruct").exists(), reason="needs `make assets TASK=generation`")
+def test_the_real_smollm2_knows_a_capital_after_its_conversion():
+    (folder,) = ensure(["assets/SmolLM2-135M-Instruct"], root=REPO, say=print, verify=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = tokenizer("The capital of Germany is", return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(answer[0]) == "The capital of Germany is Berlin"

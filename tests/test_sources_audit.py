@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heedful import UserError
-from sources.audit import Limits, audit, check, normalize, summary
+from sources.audit import Limits, audit, check, summary
+from sources.texts import normalize
 from tasks import TASKS
 
 CLS, NER, QA = (TASKS[name].columns for name in ("classification", "ner", "qa"))
