@@ -10,7 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sources.columns import Column
-from tasks.options import ClassificationOptions, GenerationOptions, MlmOptions, NerOptions, Options, QaOptions
+from tasks.options import (
+    ClassificationOptions,
+    GenerationOptions,
+    MlmOptions,
+    NerOptions,
+    Options,
+    QaOptions,
+    SummarizationOptions,
+    TranslationOptions,
+)
 
 if TYPE_CHECKING:
     from tasks.protocol import Task
@@ -61,6 +70,24 @@ TASKS: dict[str, TaskEntry] = {
             Column("answers", "answers", ("answers", "answer"), target=True),
         ),
         "Who flew to New York? ||| Alice flew from Paris to New York.",
+    ),
+    "summarization": TaskEntry(
+        "tasks.text_to_text:TextToText",
+        SummarizationOptions,
+        (
+            Column("source", "text", ("document", "text", "article", "dialogue", "source")),
+            Column("target", "text", ("summary", "highlights", "target"), target=True),
+        ),
+        "Alice flew from Paris to New York, where she met Bob, who had come from London by ship.",
+    ),
+    "translation": TaskEntry(
+        "tasks.text_to_text:TextToText",
+        TranslationOptions,
+        (
+            Column("source", "text", ("source", "src", "text")),
+            Column("target", "text", ("target", "tgt", "translation"), target=True),
+        ),
+        "Alice flew from Paris to New York.",
     ),
     "generation": TaskEntry(
         "tasks.generation:Generation",

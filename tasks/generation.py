@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from heedful import UserError
-from tasks.batching import IGNORED, pad_batch
-from tasks.decoding import generate, pad_left, padding_id, to_texts
-from tasks.lm_loss import next_tokens, summed_loss, token_losses
+from tasks import causal
+from tasks.batching import IGNORED
+from tasks.decoding import to_texts
+from tasks.lm_loss import next_tokens, token_losses
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import DecodingOptions, GenerationOptions
@@ -152,26 +153,19 @@ class Generation:
                 expected="completions, or answers of the assistant, that are not empty",
                 fix="raise model.max_length, or look at the data",
             )
-        for feature in features:
-            feature["length"] = len(feature["input_ids"])
         return {name: [feature[name] for feature in features] for name in features[0]}
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad on the right, with ``labels`` and, where texts are packed, ``position_ids`` (each BT)."""
-        # In a packed batch every padding token begins a text of its own, at position 0: nothing sees it.
-        extra = {"labels": IGNORED, "position_ids": 0}
-        batch = pad_batch(examples, tokenizer=self.tokenizer, extra=extra, side="right")
-        if "prompt_length" in examples[0]:
-            batch["prompt_length"] = torch.tensor([example["prompt_length"] for example in examples])
-        return batch
+        return causal.collate(examples, self.tokenizer)
 
     def count(self, batch: Batch) -> Tensor:
         """Tokens that carry loss."""
-        return (batch["labels"][:, 1:] != IGNORED).sum().float()
+        return causal.count(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed cross-entropy of the next tokens."""
-        return summed_loss(model, _inputs(batch), next_tokens(batch["labels"]))
+        return causal.loss(model, batch)
 
     def predict(self, model: nn.Module, batch: Batch) -> Batch:
         """Summed loss ``nll`` (B) over ``tokens`` (B); of prompts also the answers, ``generated`` (BG)."""
@@ -179,12 +173,11 @@ class Generation:
         counts_B = (labels_BT != IGNORED).sum(dim=1)
         sums_B = torch.zeros(len(counts_B), dtype=torch.float64, device=labels_BT.device)
         if counts_B.any():
-            losses_N = token_losses(model, _inputs(batch), labels_BT).double()
+            losses_N = token_losses(model, causal.inputs(batch), labels_BT).double()
             sums_B.index_add_(0, torch.repeat_interleave(counts_B), losses_N)
         answers = {"row": batch["row"], "nll": sums_B, "tokens": counts_B}
         if "prompt_length" in batch:
-            prompts = pad_left(batch["input_ids"], batch["prompt_length"], padding_id(self.tokenizer))
-            answers["generated"] = generate(model, prompts, self.tokenizer, self.options.decoding)
+            answers["generated"] = causal.answer(model, batch, self.tokenizer, self.options.decoding)
         return answers
 
     def decode(self, predictions: Sequence[Prediction], rows: Rows) -> list[Output]:
@@ -242,12 +235,12 @@ class Generation:
             seen = 0
             for first, last in plan_windows([1] * len(whole), room=self.max_length, stride=self.stride):
                 labels = [IGNORED] * (seen - first) + whole[seen:last]
-                yield {"input_ids": whole[first:last], "labels": labels, "row": row}
+                yield {"input_ids": whole[first:last], "labels": labels, "row": row, "length": last - first}
                 seen = last
 
     def _answers(self, rows: Columns) -> list[dict[str, Any]]:
         features = [
-            {**_joined(_fitted(pieces, self.max_length)), "row": row}
+            {**causal.join_pieces(_fitted(pieces, self.max_length)), "row": row}
             for row, pieces in zip(rows["row"], self._pieces(rows), strict=True)
         ]
         for feature in features:
@@ -293,12 +286,6 @@ def _described(decoding: DecodingOptions) -> str:
     return f"{search}, at most {decoding.max_new_tokens} new tokens"
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    """Packed texts are told apart by their positions, which transformers looks at only without a mask and a cache."""
-    other = "position_ids" if "position_ids" in batch else "attention_mask"
-    return {"input_ids": batch["input_ids"], other: batch[other], "use_cache": False}
-
-
 def _fitted(pieces: list[tuple[list[int], bool]], max_length: int) -> list[tuple[list[int], bool]]:
     """Cut the beginning of what comes before the last answer, and only if that is not enough the answer's end."""
     *before, (last, learned) = pieces
@@ -312,12 +299,6 @@ def _fitted(pieces: list[tuple[list[int], bool]], max_length: int) -> list[tuple
         kept.append((ids[cut:], flag))
         excess -= cut
     return [*kept, (last, True)]
-
-
-def _joined(pieces: list[tuple[list[int], bool]]) -> dict[str, Any]:
-    ids = [token for part, _ in pieces for token in part]
-    labels = [token if learned else IGNORED for part, learned in pieces for token in part]
-    return {"input_ids": ids, "labels": labels, "prompt_length": sum(len(part) for part, _ in pieces[:-1])}
 
 
 def _as_rows(rows: Columns) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Options(BaseModel):
@@ -30,6 +30,43 @@ class GenerationOptions(Options):
     packing: bool = True
     """Plain text: put several short documents into one example, none of which sees another."""
     decoding: DecodingOptions = DecodingOptions()
+
+
+class TextToTextOptions(Options):
+    """What ``summarization`` and ``translation`` have in common."""
+
+    max_target_length: int = Field(default=128, ge=2)
+    """Longest target in training, in tokens; beside ``model.max_length``, the longest source."""
+    source_prefix: str = ""
+    """Put before each source of an encoder-decoder; T5 was trained with ``summarize: `` and the like."""
+    prompt_template: str = "{source}\n"
+    """How a source is put to a decoder-only model, which then goes on with the target."""
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    decoding: DecodingOptions = DecodingOptions()
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_a_place(cls, template: str) -> str:
+        if template.count("{source}") != 1:
+            raise ValueError("{source} must stand in it once")
+        return template
+
+
+class SummarizationOptions(TextToTextOptions):
+    """Settings of ``summarization``."""
+
+    prompt_template: str = "{source}\n\nSummary:\n"
+
+
+class TranslationOptions(TextToTextOptions):
+    """Settings of ``translation``."""
+
+    prompt_template: str = "{source}\n\nTranslation:\n"
+    source_lang: str | None = None
+    """The language codes of models for many languages (mBART, M2M100, NLLB), as their tokenizers write them."""
+    target_lang: str | None = None
+    tokenize: str = "13a"
+    """sacrebleu's tokenizer for BLEU: 13a, intl, zh, ja-mecab, ko-mecab, char, ..."""
 
 
 class MlmOptions(Options):

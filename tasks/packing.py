@@ -19,21 +19,24 @@ def pack(windows: Iterator[dict[str, Any]], max_length: int) -> Iterator[dict[st
     """Fill blocks with windows in their order. A text's first token is predicted from nothing, so it is not learned."""
     block: dict[str, Any] = {}
     for window in windows:
-        size = len(window["input_ids"])
+        size = window["length"]
         part = {
             "input_ids": window["input_ids"],
             "labels": [IGNORED, *window["labels"][1:]],
             "position_ids": list(range(size)),
         }
         if block and len(block["input_ids"]) + size <= max_length:
-            for name, values in part.items():
-                block[name] = block[name] + values
+            block |= {name: block[name] + values for name, values in part.items()}
             continue
         if block:
-            yield block
+            yield _closed(block)
         block = {**part, "row": window["row"]}
     if block:
-        yield block
+        yield _closed(block)
+
+
+def _closed(block: dict[str, Any]) -> dict[str, Any]:
+    return {**block, "length": len(block["input_ids"])}
 
 
 @torch.no_grad()

@@ -89,8 +89,8 @@ def test_finetune_leaves_what_the_contract_names(project, cli_run):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_verb_of_every_task(task, project, cli_run):
-    if task == "generation":
-        save_body("llama", "model")
+    if family := {"generation": "llama", "summarization": "llama", "translation": "t5"}.get(task):
+        save_body(family, "model")
     for name, seed in {"train": 0, "dev": 1}.items():
         make_rows(task, 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
     write_config(task=task, train="train.jsonl", validation="dev.jsonl")

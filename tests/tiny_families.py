@@ -29,6 +29,24 @@ DECODERS = {
     "gemma2": SIZES | {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 16},
     "qwen3": SIZES | {"num_key_value_heads": 1, "head_dim": 8},
 }
+BART_SIZES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+BART_SIZES |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+T5_SIZES = {"d_model": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "d_ff": 32}
+IDS = {
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+    "bos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+SEQ2SEQ = {
+    "t5": T5_SIZES | IDS,
+    "mt5": T5_SIZES | IDS,
+    "bart": BART_SIZES | IDS,
+    "mbart": BART_SIZES | IDS,
+    "marian": BART_SIZES | IDS,
+    "pegasus": BART_SIZES | IDS,
+}
 NO_DROPOUT = {
     name: 0.0
     for name in (
@@ -46,18 +64,26 @@ NO_DROPOUT = {
         "resid_pdrop",
         "embd_pdrop",
         "attn_pdrop",
+        "dropout_rate",
+        "activation_dropout",
     )
 }
 
 
 def make_config(family, *, dropout=True, **kwargs):
-    sizes = COMMON | (FAMILIES | DECODERS)[family] | ({} if dropout else NO_DROPOUT) | kwargs
+    sizes = COMMON | (FAMILIES | DECODERS | SEQ2SEQ)[family] | ({} if dropout else NO_DROPOUT) | kwargs
     return transformers.AutoConfig.for_model(family, **sizes)
 
 
 def make_masking_tokenizer():
     tokenizer = make_tokenizer("bert", TEXTS)
     tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    return tokenizer
+
+
+def make_seq2seq_tokenizer():
+    tokenizer = make_tokenizer("bert", TEXTS)
+    tokenizer.eos_token = "[SEP]"
     return tokenizer
 
 
@@ -79,9 +105,12 @@ def save_body(family, folder, *, tokenizer=None, **kwargs):
 
     A decoder's head is its embeddings again, or else in its checkpoint.
     """
-    kind = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModel
+    kind, usual = transformers.AutoModel, make_masking_tokenizer
+    if family in DECODERS:
+        kind, usual = transformers.AutoModelForCausalLM, make_decoder_tokenizer
+    elif family in SEQ2SEQ:
+        kind, usual = transformers.AutoModelForSeq2SeqLM, make_seq2seq_tokenizer
     make_model(family, kind, **kwargs).save_pretrained(folder)
-    usual = make_decoder_tokenizer if family in DECODERS else make_masking_tokenizer
     (tokenizer or usual()).save_pretrained(folder)
     return folder
 
@@ -118,6 +147,9 @@ def make_rows(task, count=16, *, seed=0):
         elif task == "classification":
             columns["text"].append(" ".join(words))
             columns["label"].append("abc"[row % 3])
+        elif task in ("summarization", "translation"):
+            columns["source"].append(" ".join(words))
+            columns["target"].append(" ".join(words[::-2]))
         elif task in ("generation", "mlm"):
             columns["text"].append(" ".join(words))
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sacrebleu.metrics import BLEU, CHRF
 
 from tasks.metrics.classification.classification import MOST_CLASSES_SHOWN
 from tasks.metrics.rouge.rouge import KINDS, rows_of_rouge
@@ -113,12 +114,30 @@ def perplexity(nlls: Sequence[float], tokens: Sequence[int]) -> Resample:
     return metrics
 
 
+def rouge(texts: Sequence[str], golds: Sequence[str]) -> Resample:
+    """Resampled form of ``metrics.rouge.rouge``."""
+    scores = rows_of_rouge(texts, golds)
+    return lambda rows_I: dict(zip(KINDS, scores[rows_I].mean(axis=0).tolist(), strict=True))
+
+
+def bleu(texts: Sequence[str], golds: Sequence[str], *, tokenize: str) -> Resample:
+    """Resampled form of ``metrics.bleu.bleu``: both are functions of counts that add up over rows."""
+    metrics = {"bleu": BLEU(tokenize=tokenize), "chrf": CHRF()}
+    counts = {
+        name: np.array(metric._extract_corpus_statistics(list(texts), [list(golds)]))
+        for name, metric in metrics.items()
+    }
+    return lambda rows_I: {
+        name: float(metric._compute_score_from_stats(counts[name][rows_I].sum(axis=0).tolist()).score)
+        for name, metric in metrics.items()
+    }
+
+
 def answers(texts: Sequence[str], golds: Sequence[str]) -> Resample:
     """Resampled form of ``metrics.rouge.rouge``, with exact match."""
-    hit_N1 = np.array([[float(one == other)] for one, other in zip(texts, golds, strict=True)])
-    facts = np.hstack([rows_of_rouge(texts, golds), hit_N1])
-    names = [*KINDS, "exact_match"]
-    return lambda rows_I: dict(zip(names, facts[rows_I].mean(axis=0).tolist(), strict=True))
+    hit_N = np.array([one == other for one, other in zip(texts, golds, strict=True)])
+    means = rouge(texts, golds)
+    return lambda rows_I: means(rows_I) | {"exact_match": float(hit_N[rows_I].mean())}
 
 
 def _f1(hits_C: NDArray[Any], predicted_C: NDArray[Any], true_C: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,0 +1,313 @@
+"""Summarization and translation: one text into another, by an encoder-decoder or by a decoder-only model.
+
+They are one task that is scored in two ways. On a decoder-only checkpoint the source stands in a prompt and the loss is
+on what follows it; data, metrics and verbs are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+
+from heedful import UserError
+from tasks import causal
+from tasks.batching import IGNORED, model_inputs, pad_batch
+from tasks.decoding import generate, to_texts
+from tasks.lm_loss import summed_loss
+from tasks.metrics import resampling
+from tasks.metrics.bleu.bleu import signatures
+from tasks.metrics.loading import load_metric
+from tasks.options import SummarizationOptions, TranslationOptions
+from tasks.prompts import completion_pieces, tokenize_pieces
+from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("heedful.tasks.text_to_text")
+
+
+@dataclass(frozen=True)
+class TextToText:
+    """Write the target of a source; implements ``Task``.
+
+    Args:
+        tokenizer: Of the model.
+        max_length: Longest source, in tokens, special ones (or the prompt) included; the rest is cut off.
+        decoder_start: The token that an encoder-decoder's answer follows; None for a decoder-only model.
+        options: Their type says which of the two tasks it is.
+    """
+
+    tokenizer_kwargs: ClassVar[dict[str, Any]] = {}
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    decoder_start: int | None
+    options: SummarizationOptions | TranslationOptions
+
+    def __post_init__(self) -> None:
+        # Tokenizers for many languages write the codes themselves, once they know them; they do not keep them.
+        for side, language in _languages(self.options).items():
+            setattr(self.tokenizer, side, language)
+
+    @property
+    def name(self) -> str:
+        """``summarization`` or ``translation``."""
+        return "translation" if isinstance(self.options, TranslationOptions) else "summarization"
+
+    @property
+    def headline(self) -> str:
+        """The metric that picks the best checkpoint."""
+        return "bleu" if isinstance(self.options, TranslationOptions) else "rougeL"
+
+    @property
+    def auto_class(self) -> type:
+        """What the checkpoint is."""
+        return AutoModelForCausalLM if self.decoder_start is None else AutoModelForSeq2SeqLM  # type: ignore[no-any-return]
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        *,
+        model_config: PreTrainedConfig,
+        max_length: int,
+        stride: int,
+        options: SummarizationOptions | TranslationOptions,
+    ) -> Self:
+        """Find out what kind of model it is for.
+
+        Raises:
+            UserError: Languages that the tokenizer does not know or wants to be told, settings of the other kind of
+                model, or no token to begin or to end an answer with.
+        """
+        _check_languages(tokenizer, options)
+        if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+            raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
+        if isinstance(options, TranslationOptions):
+            logger.info("scored by sacrebleu: %s", "; ".join(signatures(options.tokenize)))
+        if not model_config.is_encoder_decoder:
+            if options.source_prefix:
+                raise UserError(
+                    f"{options.source_prefix!r} for a decoder-only model",
+                    where="source_prefix",
+                    fix="write it into prompt_template",
+                )
+            logger.info("a decoder-only model: each source is put as %r", options.prompt_template)
+            return cls(tokenizer, max_length, None, options)
+        task = cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
+        prefixes = (model_config.task_specific_params or {}) if hasattr(model_config, "task_specific_params") else {}
+        if model_config.model_type == "t5" and not options.source_prefix and prefixes:
+            known = ", ".join(repr(p["prefix"]) for p in prefixes.values() if "prefix" in p)
+            logger.warning(
+                "! this T5 was trained with prefixes (%s) and none is set: %s.source_prefix", known, task.name
+            )
+        return task
+
+    def check(self, rows: Rows, *, where: str) -> None:
+        """Any two texts will do.
+
+        Raises:
+            UserError: An empty source.
+        """
+        for i, row in enumerate(rows):
+            if not row["source"].strip():
+                raise UserError("an empty source", where=f"{where}, row {i}", fix="leave the row out")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Any model with this head will do."""
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Nothing: the head is the checkpoint's."""
+        return {}
+
+    def encode(self, rows: Columns, *, training: bool) -> Features:
+        """Tokenize; one feature a row. Sources and targets beyond their limits are cut, see ``account``."""
+        features = self._prompts(rows) if self.decoder_start is None else self._pairs(rows)
+        return {name: [feature[name] for feature in features] for name in features[0]}
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad to a batch: ``labels`` (BT for a decoder-only model, else BS with ``decoder_input_ids``)."""
+        if self.decoder_start is None:
+            return causal.collate(examples, self.tokenizer)
+        batch = pad_batch(examples, tokenizer=self.tokenizer)
+        if "labels" not in examples[0]:
+            return batch
+        targets = [{"input_ids": example["labels"], "row": example["row"]} for example in examples]
+        padded = pad_batch(targets, tokenizer=self.tokenizer, side="right")
+        batch["labels"] = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, IGNORED)
+        batch["decoder_input_ids"] = padded["input_ids"].roll(1, dims=1)
+        batch["decoder_input_ids"][:, 0] = self.decoder_start
+        return batch
+
+    def count(self, batch: Batch) -> Tensor:
+        """Tokens of the targets, with the one that ends each."""
+        return causal.count(batch) if self.decoder_start is None else (batch["labels"] != IGNORED).sum().float()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed cross-entropy of the targets' tokens, smoothed as set (Szegedy et al. 2016, section 7)."""
+        smoothing = self.options.label_smoothing_factor
+        if self.decoder_start is None:
+            return causal.loss(model, batch, label_smoothing=smoothing)
+        inputs = {**model_inputs(batch), "use_cache": False}
+        return summed_loss(model, inputs, batch["labels"], label_smoothing=smoothing)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Batch:
+        """The most likely target as found by search, ``generated`` (BG)."""
+        options = self.options.decoding
+        if self.decoder_start is None:
+            return {"generated": causal.answer(model, batch, self.tokenizer, options), "row": batch["row"]}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        generated = generate(
+            model,
+            inputs,
+            self.tokenizer,
+            options,
+            decoder_start_token_id=self.decoder_start,
+            forced_bos_token_id=_language_id(self.tokenizer, self.options),
+        )
+        return {"generated": generated, "row": batch["row"]}
+
+    def decode(self, predictions: Sequence[Prediction], rows: Rows) -> list[Output]:
+        """``{"generated"}`` for each row."""
+        texts = to_texts(self.tokenizer, [prediction["generated"] for prediction in predictions])
+        outputs: list[Output] = [{} for _ in range(len(rows))]
+        for prediction, text in zip(predictions, texts, strict=True):
+            outputs[int(prediction["row"])] = {"generated": text}
+        return outputs
+
+    def score(self, outputs: Sequence[Output], rows: Rows) -> dict[str, float]:
+        """ROUGE, or BLEU and chrF."""
+        texts, golds = _texts(outputs), [row["target"] for row in rows]
+        if isinstance(self.options, TranslationOptions):
+            return dict(
+                load_metric("bleu").compute(predictions=texts, references=golds, tokenize=self.options.tokenize)
+            )
+        return dict(load_metric("rouge").compute(predictions=texts, references=golds))
+
+    def resample(self, outputs: Sequence[Output], rows: Rows) -> Resample:
+        """The same metrics as a function of row indices."""
+        texts, golds = _texts(outputs), [row["target"] for row in rows]
+        if isinstance(self.options, TranslationOptions):
+            return resampling.bleu(texts, golds, tokenize=self.options.tokenize)
+        return resampling.rouge(texts, golds)
+
+    def account(self, features: Columns, rows: Rows) -> dict[str, int]:
+        """Count the tokens of sources and targets, and how many of them were cut off."""
+        sources, targets = [row["source"] for row in rows], [row["target"] for row in rows if "target" in row]
+        whole = {"source_tokens": self._sizes(sources), "target_tokens": self._sizes(targets)}
+        limits = {"source_tokens": self._source_room(), "target_tokens": self.options.max_target_length - 1}
+        counts = {name: sum(sizes) for name, sizes in whole.items()}
+        return counts | {
+            f"{name}_lost": sum(max(0, size - limits[name]) for size in sizes) for name, sizes in whole.items()
+        }
+
+    def _pairs(self, rows: Columns) -> list[dict[str, Any]]:
+        sources = [self.options.source_prefix + text for text in rows["source"]]
+        ids = self.tokenizer(sources, truncation=True, max_length=self.max_length)["input_ids"]
+        features = [{"input_ids": i, "row": row, "length": len(i)} for i, row in zip(ids, rows["row"], strict=True)]
+        if "target" not in rows:
+            return features
+        limit = self.options.max_target_length
+        labels = self.tokenizer(text_target=list(rows["target"]), truncation=True, max_length=limit)["input_ids"]
+        for feature, target in zip(features, labels, strict=True):
+            feature["labels"] = self._ended(target)
+            feature["length"] += len(feature["labels"])
+        return features
+
+    def _ended(self, target: list[int]) -> list[int]:
+        """The target without the token that it follows anyway, and with the one that ends it."""
+        kept = target[1:] if target[:1] == [self.decoder_start] else target
+        ends = [token for token in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if token is not None]
+        return kept if kept[-1:] and kept[-1] in ends else [*kept[: self.options.max_target_length - 1], ends[0]]
+
+    def _prompts(self, rows: Columns) -> list[dict[str, Any]]:
+        before, after = self.options.prompt_template.split("{source}")
+        targets: Sequence[str | None] = rows.get("target", [None] * len(rows["row"]))
+        end = self.tokenizer.eos_token
+        pieces = [
+            completion_pieces(before + source + after, target, end=end)
+            for source, target in zip(self._cut(rows["source"], self._source_room()), targets, strict=True)
+        ]
+        tokenized = tokenize_pieces(self.tokenizer, pieces, special=True)
+        limit = self.options.max_target_length
+        features = []
+        for row, ((prompt, _), *target) in zip(rows["row"], tokenized, strict=True):
+            kept = target[0][0] if target else []
+            answer = kept if len(kept) <= limit else [*kept[: limit - 1], kept[-1]]
+            features.append({**causal.join_pieces([(prompt, False), (answer, True)]), "row": row})
+        return features
+
+    def _source_room(self) -> int:
+        """Tokens of a source that there is room for."""
+        if self.decoder_start is not None:
+            return int(self.max_length - self.tokenizer.num_special_tokens_to_add())
+        frame = self.tokenizer(self.options.prompt_template.replace("{source}", ""))["input_ids"]
+        # One more: a token may fall apart where the source is cut.
+        return self.max_length - len(frame) - 1
+
+    def _cut(self, texts: Sequence[str], room: int) -> list[str]:
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [
+            text if len(offsets) <= room else text[: offsets[room - 1][1]]
+            for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)
+        ]
+
+    def _sizes(self, texts: Sequence[str]) -> list[int]:
+        if not texts:
+            return []
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _texts(outputs: Sequence[Output]) -> list[str]:
+    return [output["generated"] for output in outputs]
+
+
+def _languages(options: SummarizationOptions | TranslationOptions) -> dict[str, str]:
+    if not isinstance(options, TranslationOptions) or options.source_lang is None or options.target_lang is None:
+        return {}
+    return {"src_lang": options.source_lang, "tgt_lang": options.target_lang}
+
+
+def _check_languages(tokenizer: PreTrainedTokenizerBase, options: SummarizationOptions | TranslationOptions) -> None:
+    if not isinstance(options, TranslationOptions):
+        return
+    wanted, given = hasattr(tokenizer, "src_lang"), _languages(options)
+    if wanted != bool(given):
+        raise UserError(
+            "no languages are set" if wanted else f"languages for a tokenizer that knows none: {given}",
+            where="translation.source_lang, translation.target_lang",
+            expected="both codes, as this tokenizer writes them" if wanted else "none",
+        )
+    for language in given.values():
+        if tokenizer.convert_tokens_to_ids(language) in (None, tokenizer.unk_token_id):
+            raise UserError(f"a language that the tokenizer does not know: {language!r}", where="translation")
+
+
+def _language_id(tokenizer: PreTrainedTokenizerBase, options: SummarizationOptions | TranslationOptions) -> int | None:
+    """The token that an answer in the target language begins with, for models of many languages."""
+    languages = _languages(options)
+    return int(tokenizer.convert_tokens_to_ids(languages["tgt_lang"])) if languages else None
+
+
+def _decoder_start(
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PreTrainedConfig,
+    options: SummarizationOptions | TranslationOptions,
+) -> int:
+    """The checkpoint's own; mBART's is the target language."""
+    own = getattr(model_config, "decoder_start_token_id", None)
+    start = own if own is not None else _language_id(tokenizer, options)
+    if start is None:
+        raise UserError(
+            "no decoder_start_token_id",
+            where="model.name: config.json",
+            expected="the token that the decoder begins with",
+        )
+    return int(start)

@@ -1,0 +1,183 @@
+"""Summarization and translation, by encoder-decoders and by decoder-only models."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from sacrebleu.metrics import BLEU, CHRF
+from tiny_families import SEQ2SEQ, TEXTS, make_config, make_decoder_tokenizer, make_model, make_seq2seq_tokenizer
+from torch.nn.functional import cross_entropy
+
+from heedful import UserError
+from tasks.metrics.bleu.bleu import bleu
+from tasks.metrics.rouge.rouge import rouge
+from tasks.options import SummarizationOptions, TranslationOptions
+from tasks.text_to_text import TextToText
+
+ROWS = {"source": [*TEXTS, "a dog"], "target": ["the cat", "a dog barked at", "Anna", "rain all day", "dog"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_seq2seq_tokenizer()
+
+
+def config_of(family):
+    return make_config(family, dropout=False)
+
+
+def seq2seq(family):
+    model = make_model(family, transformers.AutoModelForSeq2SeqLM, dropout=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+def table(**columns):
+    return datasets.Dataset.from_dict({"row": list(range(len(columns["source"]))), **columns})
+
+
+def build(tokenizer, config, options=None, *, max_length=32):
+    rows = table(**ROWS)
+    options = options or SummarizationOptions(decoding={"max_new_tokens": 6})
+    return TextToText.build(tokenizer, rows, model_config=config, max_length=max_length, stride=0, options=options)
+
+
+def encoded(task, rows, *, training=True):
+    features = task.encode(rows[:], training=training)
+    return [dict(zip(features, cells, strict=True)) for cells in zip(*features.values(), strict=True)]
+
+
+def outputs_of(task, model, rows):
+    bare = rows.remove_columns("target") if "target" in rows.column_names else rows
+    with torch.no_grad():
+        found = task.predict(model, task.collate(encoded(task, bare, training=False)))
+    return task.decode([{k: v[i].numpy() for k, v in found.items()} for i in range(len(rows))], rows)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_the_loss_is_that_of_transformers_own_labels(family, smoothing, tokenizer):
+    model, rows = seq2seq(family).train(), table(**ROWS)
+    options = SummarizationOptions(label_smoothing_factor=smoothing)
+    task = build(tokenizer, model.config, options)
+    batch = task.collate(encoded(task, rows))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, labels=batch["labels"]).logits  # shifts the labels itself
+    if family == "mbart":  # which wraps the last token around, the language's, where ours is decoder_start_token_id
+        logits = model(**inputs, decoder_input_ids=batch["decoder_input_ids"]).logits
+    whole = cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(task.loss(model, batch), whole)
+    alone = sum(task.loss(model, task.collate([example])) for example in encoded(task, rows))
+    torch.testing.assert_close(task.loss(model, batch), alone)
+    assert task.count(batch) == (batch["labels"] != -100).sum()
+
+
+def test_targets_begin_after_the_start_and_end_with_the_end(tokenizer):
+    task = build(tokenizer, config_of("bart"))
+    for example, target in zip(encoded(task, table(**ROWS)), ROWS["target"], strict=True):
+        ids = tokenizer(target, add_special_tokens=False)["input_ids"]
+        assert example["labels"] == [*ids, tokenizer.sep_token_id]  # [CLS] is what the decoder begins with
+    batch = task.collate(encoded(task, table(**ROWS)))
+    assert (batch["decoder_input_ids"][:, 0] == 2).all()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_answers_do_not_depend_on_the_batch(family, beams, tokenizer):
+    model, rows = seq2seq(family), table(**ROWS)
+    options = SummarizationOptions(decoding={"max_new_tokens": 6, "num_beams": beams})
+    task = build(tokenizer, model.config, options)
+    together = outputs_of(task, model, rows)
+    alone = [outputs_of(task, model, table(source=[text]))[0] for text in ROWS["source"]]
+    assert together == alone
+
+
+def test_a_decoder_only_model_learns_the_target_alone():
+    tokenizer = make_decoder_tokenizer()
+    model, rows = make_model("llama", transformers.AutoModelForCausalLM, initializer_range=0.3), table(**ROWS)
+    task = build(tokenizer, model.config)
+    assert task.auto_class is transformers.AutoModelForCausalLM
+    for example, target in zip(encoded(task, rows), ROWS["target"], strict=True):
+        learned = [token for token in example["labels"] if token != -100]
+        assert tokenizer.decode(learned).strip() == target + "[SEP]"
+    batch = task.collate(encoded(task, rows))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    whole = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(task.loss(model, batch), whole)
+    together = outputs_of(task, model, rows)
+    assert together == [outputs_of(task, model, table(source=[text]))[0] for text in ROWS["source"]]
+
+
+def test_a_long_source_is_cut_inside_its_prompt_and_counted():
+    tokenizer = make_decoder_tokenizer()
+    config = make_model("llama", transformers.AutoModelForCausalLM).config
+    task = build(tokenizer, config, SummarizationOptions(max_target_length=4), max_length=40)
+    rows = table(source=["the cat sat " * 30], target=["Anna met Paul in Berlin"])
+    (example,) = encoded(task, rows)
+    prompt = tokenizer.decode(example["input_ids"][: example["prompt_length"]])
+    assert prompt.endswith("\n\nSummary:\n")
+    assert 36 <= example["prompt_length"] <= 40
+    labels = [token for token in example["labels"] if token != -100]
+    assert len(labels) == 4
+    assert labels[-1] == tokenizer.eos_token_id
+    account = task.account(task.encode(rows[:], training=True), rows)
+    assert account["source_tokens_lost"] > 0 < account["target_tokens_lost"]
+
+
+@pytest.mark.parametrize("kind", ["rouge", "bleu"])
+def test_scores_and_their_resampled_form(kind, tokenizer):
+    options = TranslationOptions() if kind == "bleu" else SummarizationOptions()
+    task, rows = build(tokenizer, config_of("t5"), options), table(**ROWS)
+    texts = ["the cat sat", "a dog barked at", "Paul", "all day rain", ""]
+    outputs = [{"generated": text} for text in texts]
+    scores = task.score(outputs, rows)
+    assert task.headline in scores
+    assert scores == (bleu if kind == "bleu" else rouge)(texts, ROWS["target"])
+    draw = np.array([0, 0, 3, 4, 1])
+    again = task.score([outputs[i] for i in draw], rows.select(draw))
+    assert task.resample(outputs, rows)(draw) == {name: pytest.approx(again[name], rel=1e-12) for name in again}
+
+
+def test_bleu_and_chrf_are_sacrebleus():
+    texts, golds = ["the cat sat on the mat", "a dog"], ["the cat sat on a mat", "the dog"]
+    assert bleu(texts, golds) == {
+        "bleu": BLEU().corpus_score(texts, [golds]).score,
+        "chrf": CHRF().corpus_score(texts, [golds]).score,
+    }
+
+
+def test_rouge_is_that_of_rouge_score():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    text, gold = "cats were sitting on mats", "the cat sat on the mat"
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    expected = {name: score.fmeasure for name, score in scorer.score(gold, text).items()}
+    assert {name: value for name, value in rouge([text], [gold]).items() if name in expected} == expected
+
+
+def test_faults_of_the_user_are_named(tokenizer):
+    config = config_of("t5")
+    with pytest.raises(UserError, match="a tokenizer that knows none"):
+        build(tokenizer, config, TranslationOptions(source_lang="en_XX", target_lang="es_XX"))
+    with pytest.raises(UserError, match="row 1"):
+        build(tokenizer, config).check(table(source=["a", " "]), where="data.train")
+    with pytest.raises(UserError, match="decoder_start_token_id"):
+        build(tokenizer, make_config("bart", decoder_start_token_id=None))
+    with pytest.raises(UserError, match="prompt_template"):
+        build(
+            tokenizer,
+            make_model("llama", transformers.AutoModelForCausalLM).config,
+            SummarizationOptions(source_prefix="summarize: "),
+        )
+    with pytest.raises(ValueError, match="source"):
+        SummarizationOptions(prompt_template="no place")
+
+
+def test_a_t5_without_its_prefix_is_said_aloud(tokenizer, caplog):
+    config = config_of("t5")
+    config.task_specific_params = {"summarization": {"prefix": "summarize: "}}
+    build(tokenizer, config)
+    assert "'summarize: '" in caplog.text
