@@ -446,7 +446,7 @@ def places(tmp_path):
 
 def test_wikitext_is_cut_at_titles_alone_and_loses_nothing(places):
     source, target = places
-    first = " \n = One = \n \n Text \u2028 of one . \n \n = = Part = = \n \n = Played , W = \n Won \n = 1 = \n"
+    first = " \n = One = \n \n Text \u2028 of \r one . \n \n = = Part = = \n \n = Played , W = \n Won \n = 1 = \n"
     second = " \n = Two = 2 = \n \n Text of two . \n"
     files = {"train": first + second, "valid": second, "test": " \n = Three = \n \n = = Part = = \n \n"}
     for name, text in files.items():
@@ -473,6 +473,11 @@ def test_tatoeba_keeps_the_translations_of_a_sentence_together(places):
     (source / "spa.tsv").write_text("\n".join(reversed(lines)) + "\n")
     tatoeba(source, target)
     assert digest(target / "train.parquet") == first, "the order of the lines matters"
+
+
+def test_the_conversions_load_no_torch_until_one_needs_it():
+    script = "import sys, sources.assets; assert not {'torch', 'transformers', 'gguf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=REPO)
 
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
