@@ -142,8 +142,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         losses={split: task.account(features[split], rows[split]) for split in rows},
     )
     tell(console, *summary(audited))
-    if {"input_ids", "labels"} <= set(features["train"].column_names):
-        console.print(learned_tokens(task.tokenizer, features["train"][0]))
+    if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
+        console.print(shown)
     check(audited, building.audit_limits(config))
     return Prepared(task, rows, features, {s: fingerprint(source) for s, source in sources.items()}, assets, audited)
 

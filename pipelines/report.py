@@ -33,12 +33,15 @@ PREVIEW_TOKENS = 200
 NOT_LEARNED = -100
 
 
-def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text:
+def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
     """A training example as text, with the tokens that carry loss in green and underlined, the others dim.
 
     Args:
-        feature: With ``input_ids`` and as many ``labels``, -100 where nothing is learned.
+        feature: Of a decoder-only model, with ``input_ids`` and as many ``labels``, -100 where nothing is learned;
+            there is nothing to show of any other.
     """
+    if len(feature.get("labels", ())) != len(feature["input_ids"]):
+        return None
     text = Text("what is learned of the first example: ")
     runs = groupby(
         zip(feature["input_ids"][:PREVIEW_TOKENS], feature["labels"][:PREVIEW_TOKENS], strict=True),

@@ -138,7 +138,7 @@ def check(result: Audit, limits: Limits) -> None:
 
 def summary(result: Audit) -> list[str]:
     """The audit in a few lines; those that deserve a look begin with ``!``."""
-    lines = [f"{split}: {count} rows; {_balance_line(result.balance[split])}" for split, count in result.rows.items()]
+    lines = [f"{split}: {count} rows{_balance_line(result.balance[split])}" for split, count in result.rows.items()]
     lines += [f"! {split}: {', '.join(names[:8])} not in train" for split, names in result.unseen.items() if names]
     lines += [f"! {split}: {count} rows have an empty input" for split, count in result.empty.items() if count]
     lines += _found_lines("duplicates within", result.duplicates)
@@ -305,12 +305,14 @@ def _fractions(part: Mapping[str, float]) -> dict[str, float]:
 
 
 def _balance_line(balance: Mapping[str, Any]) -> str:
+    if balance["kind"] == "no targets":
+        return ""
     if balance["kind"] == "numbers":
-        return "targets from {min:g} to {max:g}, mean {mean:g}".format(**balance)
+        return "; targets from {min:g} to {max:g}, mean {mean:g}".format(**balance)
     counts = balance.get("counts", {})
     shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:8])
     more = f", ... ({len(counts)} in all)" if len(counts) > 8 else ""
-    return f"{balance['kind']} {shown}{more}".strip()
+    return f"; {balance['kind']} {shown}{more}".rstrip()
 
 
 def _found_lines(what: str, found: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:

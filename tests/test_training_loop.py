@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from tiny_families import make_model, make_task
+from tiny_families import FAMILY_OF, make_model, make_task
 
 from heedful import NonFiniteLossError, UserError
+from tasks import TASKS
 from training import checkpoints
 from training.batches import Batching, examples
 from training.checkpoints import Position
@@ -28,21 +29,30 @@ from training.loop import Schedule, Stopped, Trainee, _save, _updates, run_updat
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from training.tracking import Tracker
 
-TASK_NAMES = ("classification", "ner", "qa")
+TASK_NAMES = tuple(TASKS)
 SETUPS = {
     "sgd": {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0},
     "sgd, clipped": {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.05},
     # A large epsilon: with 1e-8 Adam blows up the rounding of gradients that are zero in exact arithmetic.
     "adamw, clipped": {"optim": "adamw_torch_fused", "learning_rate": 0.1, "max_grad_norm": 0.05, "epsilon": 1e-2},
 }
-ACROSS_RANKS = (("classification", "adamw, clipped"), ("ner", "sgd"), ("qa", "sgd, clipped"))
+ACROSS_RANKS = {
+    "classification": "adamw, clipped",
+    "ner": "sgd",
+    "qa": "sgd, clipped",
+    "summarization": "adamw, clipped",
+    "translation": "sgd",
+    "generation": "sgd, clipped",
+    "mlm": "sgd",
+}
 
 
 def make_trainee(
     task, *, optim="sgd", learning_rate=0.1, max_grad_norm=1.0, epsilon=1e-8, dropout=False, total_steps=8, warmup=0
 ):
     accelerator = Accelerator(cpu=True)
-    model = make_model("bert", task.auto_class, dropout=dropout, initializer_range=0.2, **task.model_kwargs())
+    family, kwargs = FAMILY_OF.get(task.name, "bert"), task.model_kwargs()
+    model = make_model(family, task.auto_class, dropout=dropout, initializer_range=0.2, **kwargs)
     optimizer = build_optimizer(
         optim,
         parameter_groups(model.named_parameters(), weight_decay=0.0),
@@ -61,7 +71,7 @@ def flat(model):
 
 def make_updates(task_name, setup, *, steps=2, **batching):
     """Nine examples, so that the second update has one, fewer than there are processes."""
-    task, _, features = make_task(task_name)
+    task, _, features = make_task(task_name, count=16 if task_name != "generation" else 48)  # of which many are packed
     trainee = make_trainee(task, **SETUPS[setup])
     features = features.select(range(9))
     before = flat(trainee.bare_model)
@@ -106,7 +116,7 @@ def test_the_update_does_not_depend_on_the_micro_batches(task_name, setup):
 def test_several_processes_do_as_one_does(world_size, tmp_path):
     """One launch for all checks, since most of its time is the start of the processes."""
     results = launch(world_size, tmp_path)
-    for task_name, setup in ACROSS_RANKS:
+    for task_name, setup in ACROSS_RANKS.items():
         whole = make_updates(task_name, setup, **WHOLE)
         for made in results["updates"][task_name].values():
             assert_same(made, whole)
@@ -148,7 +158,7 @@ def main(folder):
     results = {
         "updates": {
             name: {split: make_updates(name, setup, **how) for split, how in (("whole", WHOLE), ("1 each", ONE_EACH))}
-            for name, setup in ACROSS_RANKS
+            for name, setup in ACROSS_RANKS.items()
         },
         "predictions": predictions,
         "masks": len(set(gather_object([masks(rank)]))),

@@ -123,12 +123,14 @@ TAGS = {"Anna": "B-PER", "Paul": "B-PER", "Berlin": "B-LOC"}
 
 def tokenizer_for(family):
     """A tokenizer with the same ids in every process, which WordPiece's trainer does not promise."""
-    if family not in {"bert", "electra", "deberta-v2"}:
+    if family in DECODERS:
+        return make_decoder_tokenizer()
+    if family not in {"bert", "electra", "deberta-v2", *SEQ2SEQ}:
         return make_tokenizer("roberta", TEXTS)
-    tokenizer = make_tokenizer("bert", TEXTS)
+    tokenizer = make_seq2seq_tokenizer() if family in SEQ2SEQ else make_masking_tokenizer()
     letters = list("abcdefghijklmnopqrstuvwxyz")
     words = sorted({word.lower() for word in WORDS})
-    tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]
+    tokens = [*SPECIAL, "[MASK]", *letters, *(f"##{letter}" for letter in letters), *words]
     tokenizer.backend_tokenizer.model = WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]")
     return tokenizer
 
@@ -159,8 +161,13 @@ def make_rows(task, count=16, *, seed=0):
     return datasets.Dataset.from_dict(columns)
 
 
-def make_task(name, family="bert", *, count=16, max_length=32):
+FAMILY_OF = {"generation": "llama", "summarization": "gpt2", "translation": "bart"}
+"""A family for each task that is not for encoders."""
+
+
+def make_task(name, family=None, *, count=16, max_length=32):
     """A task as ``finetune`` builds it, its rows and their features."""
+    family = family or FAMILY_OF.get(name, "bert")
     rows = make_rows(name, count)
     tokenizer = tokenizer_for(family)
     kind, options = TASKS[name].load(), TASKS[name].options()

@@ -8,6 +8,7 @@ whatever it did not hold is trained in full and saved with the adapter.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,6 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from heedful import UserError
+
+# PEFT 0.21 asks each model for an attribute that transformers 5.23 has renamed; nothing of it concerns the user.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def add_lora(
