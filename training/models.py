@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "spm.model",
     "sentencepiece.bpe.model",
 )
+MODEL_FOLDER = "a Hugging Face folder with config.json, or a Hub id"
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,22 @@ class Loaded:
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+    name: str, *, own: bool = True, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer.
+
+    Args:
+        own: Whether it is for the model of the same name, and so must fit that model's embeddings.
 
     Raises:
         UserError: No tokenizer files (transformers 5 hands back one of five tokens), no fast tokenizer, or more
             tokens than the model has embeddings.
     """
-    config = _load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_absent(name, expected="a folder with a tokenizer, or a Hub id" if not own else MODEL_FOLDER)
+    config = _load_config(name, revision=revision, trust_remote_code=trust_remote_code) if own else None
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(
-            "a model folder without tokenizer files",
+            f"a {'model ' * own}folder without tokenizer files",
             where=name,
             expected=f"one of: {', '.join(TOKENIZER_FILES)}",
             fix="save the model's own tokenizer there: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)",
@@ -68,7 +73,7 @@ def load_tokenizer(
         raise UserError(
             f"{type(tokenizer).__name__} has no fast version", where=name, expected="a tokenizer.json, for offsets"
         )
-    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
             f"a tokenizer of {len(tokenizer)} tokens for a model of {vocab_size} embeddings",
@@ -162,18 +167,21 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 def _load_config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    if name.startswith((".", "/", "~", "assets/", "runs/")) and not Path(name).is_dir():
-        raise UserError(
-            "no such model folder", where=name, expected="a Hugging Face folder with config.json, or a Hub id"
-        )
+    _refuse_absent(name, expected=MODEL_FOLDER)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"no model configuration could be loaded: {_first_line(error)}",
             where=name,
-            expected="a Hugging Face folder with config.json, or a Hub id",
+            expected=MODEL_FOLDER,
         ) from error
+
+
+def _refuse_absent(name: str, *, expected: str) -> None:
+    """What looks like a path and is none must not be asked for on the Hub."""
+    if name.startswith((".", "/", "~", "assets/", "runs/")) and not Path(name).is_dir():
+        raise UserError("no such model folder", where=name, expected=expected)
 
 
 def _refuse_other_labels(config: PreTrainedConfig, auto_class: Any, name: str, wanted: Mapping[str, Any]) -> None:
