@@ -122,6 +122,8 @@ def load_model(
     config = _load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     if not new_head:
         _refuse_other_labels(config, auto_class, name, kwargs)
+    if tokenizer is not None:
+        _refuse_other_ids(config, tokenizer)
     with _quiet():
         try:
             model, info = auto_class.from_pretrained(
@@ -338,15 +340,18 @@ def _renew_labels(model: PreTrainedModel) -> list[str]:
     return list(rows)
 
 
-def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Give every token of another tokenizer a row, new ones around the mean of the old; name what must be trained."""
-    own = model.config.to_dict()
-    for name, i in token_ids(model.config, tokenizer).items():
-        # The row of the former padding would get no gradient, and decoding would begin or end with another token.
+def _refuse_other_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The former padding's row would get no gradient, RoBERTa's positions would shift, decoding would end elsewhere."""
+    own = config.to_dict()
+    for name, i in token_ids(config, tokenizer).items():
         if own.get(name) not in (None, i):
             raise UserError(
                 f"{name} {i}", where="model.tokenizer", expected=f"{own[name]}, as the model was trained with"
             )
+
+
+def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give every token of another tokenizer a row, new ones around the mean of the old; name what must be trained."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         with _quiet():
             model.resize_token_embeddings(len(tokenizer))
