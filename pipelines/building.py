@@ -20,7 +20,16 @@ from training.dropout import use_fast_dropout
 from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
-from training.models import Loaded, check_length, load_config, load_model, load_tokenizer
+from training.models import (
+    Loaded,
+    check_length,
+    compare_vocabularies,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_config,
+    new_model,
+)
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
 PASS_OVERHEAD = {"cpu": 128.0}
@@ -33,12 +42,22 @@ def build_task(config: RunConfig, rows: datasets.Dataset) -> Task:
     """The task, with the labels that its training rows hold and the model's own tokenizer."""
     kind, model = TASKS[config.task].load(), config.model
     tokenizer = load_tokenizer(
-        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **kind.tokenizer_kwargs
+        str(model.tokenizer or model.name),
+        own=model.init != "scratch" and model.tokenizer is None,
+        revision=None if model.tokenizer else model.revision,
+        trust_remote_code=model.trust_remote_code,
+        **kind.tokenizer_kwargs,
+    )
+    # From scratch, a wrong key of the architecture is said here, before the data is encoded.
+    model_config = (
+        new_config(model.architecture, tokenizer)
+        if model.init == "scratch"
+        else load_config(str(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code)
     )
     return kind.build(
         tokenizer,
         rows,
-        model_config=load_config(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code),
+        model_config=model_config,
         max_length=model.max_length,
         stride=config.data.stride,
         options=config.options,
@@ -57,15 +76,30 @@ def audit_limits(config: RunConfig) -> Limits:
 
 
 def load_base(config: RunConfig, task: Task) -> Loaded:
-    """The pretrained model with the task's head; the seed is set anew, so that the head depends on nothing else."""
+    """The model with the task's head; the seed is set anew, so that what is random depends on nothing else."""
     set_seed(config.seed)
-    loaded = load_model(task.auto_class, **base_of(config), **task.model_kwargs())
+    if config.model.init == "scratch":
+        loaded = new_model(task.auto_class, config.model.architecture, task.tokenizer, **task.model_kwargs())
+    else:
+        loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
     check_length(loaded.model, config.model.max_length)
     task.check_model(loaded.model)
     return loaded
 
 
-def base_of(config: RunConfig) -> dict[str, Any]:
+def describe_tokenizer(config: RunConfig, task: Task) -> list[str]:
+    """How another tokenizer than the pretrained model's own differs from it."""
+    model = config.model
+    if model.init == "scratch" or model.tokenizer is None:
+        return []
+    try:
+        own = load_tokenizer(str(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except UserError:
+        return [f"{model.name} has no tokenizer of its own to compare {model.tokenizer} with"]
+    return [compare_vocabularies(task.tokenizer, own)]
+
+
+def base_of(config: RunConfig, task: Task) -> dict[str, Any]:
     """Arguments of ``load_model`` for the run's starting point."""
     model = config.model
     return {
@@ -73,6 +107,7 @@ def base_of(config: RunConfig) -> dict[str, Any]:
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
         "new_head": model.init == "new_head",
+        "tokenizer": task.tokenizer if model.tokenizer else None,
     }
 
 
@@ -97,11 +132,19 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
     lines = [f"model: {type(loaded.model).__name__}, {total:,} parameters, {trained:,} trained"]
     if isinstance(words, UsedRows):
         lines.append(f"word embeddings: the {len(words.used_U):,} of {len(words.slot_V):,} rows that occur are trained")
-    if loaded.new:
+    if len(loaded.new) == len(list(loaded.model.parameters())):
+        ids = {n: i for n, i in sorted(loaded.model.config.to_dict().items()) if n.endswith("_token_id")}
+        lines.append("from scratch: every weight starts at random")
+        lines.append(f"of the tokenizer: vocab_size {loaded.model.config.vocab_size:,}, {_listed_ids(ids)}")
+    elif loaded.new:
         lines.append(f"new, not in the checkpoint: {', '.join(loaded.new)}")
     if loaded.unused:
         lines.append(f"in the checkpoint, not used: {', '.join(loaded.unused)}")
     return "\n".join(lines)
+
+
+def _listed_ids(ids: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in ids.items() if value is not None)
 
 
 def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:

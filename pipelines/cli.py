@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -22,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+tokenizer_app = typer.Typer(no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer", help="Train a tokenizer on your own texts.")
 Config = Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/ner.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings: train.learning_rate=3e-5 data.train=my.csv ...")]
 Checkpoint = Annotated[str, typer.Argument(help="A run or its model folder, e.g. runs/ner/model")]
@@ -102,6 +104,38 @@ def assets(
     from pipelines.assets import fetch_named
 
     fetch_named(names)
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    out: Annotated[Path, typer.Argument(help="A new folder; model.tokenizer and AutoTokenizer open it.")],
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="Files with texts; data.delimiter=... data.encoding=... data.quotes=..."
+        ),
+    ],
+    kind: Annotated[Literal["bpe", "wordpiece", "unigram"], typer.Option(help="bpe is byte-level.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=1, help="Special tokens included.")] = 8000,
+    columns: Annotated[str, typer.Option(help="Where the texts are: source,target. Else by their usual names.")] = "",
+    special_tokens: Annotated[
+        list[str] | None, typer.Option("--special-tokens", help="One more, e.g. '<sep>'.")
+    ] = None,
+    lowercase: Annotated[bool, typer.Option("--lowercase", help="Learn and encode in lower case.")] = False,
+) -> None:
+    """Learn a vocabulary from texts, and save a tokenizer."""
+    from pipelines import tokenizer as verb
+
+    names = [name.strip() for name in columns.split(",") if name.strip()]
+    verb.train(
+        str(out),
+        given,
+        kind=kind,
+        vocab_size=vocab_size,
+        columns=names,
+        special_tokens=special_tokens or [],
+        lowercase=lowercase,
+    )
 
 
 def main() -> None:

@@ -6,12 +6,13 @@ It imports no torch. Names follow TrainingArguments and PEFT's LoraConfig wherev
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from heedful import UserError
 from tasks import TASKS
@@ -27,14 +28,43 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which pretrained model, and how much text it sees."""
 
-    name: str
+    name: str | None = None
     """A folder, an asset (``assets/...``) or a Hub id."""
     revision: str | None = None
     max_length: int = Field(default=128, ge=8)
     """Tokens in one window, special tokens included."""
-    init: Literal["pretrained", "new_head"] = "pretrained"
-    """``new_head`` starts a fresh head; ``pretrained`` keeps the checkpoint's and refuses one for other labels."""
+    init: Literal["pretrained", "new_head", "scratch"] = "pretrained"
+    """``new_head`` starts a fresh head; ``pretrained`` keeps the checkpoint's and refuses one for other labels;
+    ``scratch`` draws every weight at random and takes only the tokenizer from elsewhere."""
+    tokenizer: str | None = None
+    """A folder or Hub id with another tokenizer than that of ``name``."""
+    architecture: dict[str, Any] = {}
+    """With ``scratch``: ``model_type`` and arguments of its configuration class in transformers."""
     trust_remote_code: bool = False
+
+    @field_validator("architecture")
+    @classmethod
+    def _exponents_are_numbers(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """YAML 1.1 reads ``1e-6`` as text."""
+        exponent = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+        return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in values.items()}
+
+    @model_validator(mode="after")
+    def _says_what_to_start_from(self) -> ModelSection:
+        if self.init != "scratch":
+            if self.name is None:
+                raise ValueError("model.name is required and not given, unless model.init=scratch")
+            if self.architecture:
+                raise ValueError(
+                    f"model.architecture has no effect with model.init={self.init}: say model.init=scratch"
+                )
+        elif "model_type" not in self.architecture:
+            raise ValueError("model.init=scratch needs model.architecture.model_type, e.g. bert or t5")
+        elif (self.name is None) == (self.tokenizer is None):
+            raise ValueError(
+                "model.init=scratch takes its tokenizer from model.tokenizer or model.name: give one of them"
+            )
+        return self
 
 
 class DataSection(Section):
@@ -244,6 +274,8 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
     known.remove("options")
     try:
         config = RunConfig.model_validate({**raw, "options": options or TASKS[task].options()})
+        if config.model.init == "scratch" and config.lora.r is not None:
+            faults.append("lora.r: LoRA would freeze weights that model.init=scratch draws at random: leave one out")
         if not faults:
             return config
     except ValidationError as error:

@@ -76,7 +76,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     task, features = data.task, data.features
     loaded = building.load_base(config, task)
     model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
-    tell(console, building.describe_model(loaded, model))
+    tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
     batching = building.build_batching(config, accelerator)
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
@@ -129,7 +129,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     sources = split_sources(config.data)
     if "train" not in sources:
         raise UserError("no training data", where="data.train", fix="name it: data.train=FILE")
-    assets = fetch_assets([config.model.name, *sources.values()], accelerator, console)
+    assets = fetch_assets([config.model.name, config.model.tokenizer, *sources.values()], accelerator, console)
     rows = read_splits(config, sources)
     task = building.build_task(config, rows["train"])
     for split in rows:
@@ -246,7 +246,7 @@ def finish(
     probe = task.collate(examples(features, np.arange(min(8, len(features)))))
     model = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
     restore_embeddings(model)
-    differences = export(model, task, run.folder, probe=probe, base=building.base_of(config))
+    differences = export(model, task, run.folder, probe=probe, base=building.base_of(config, task))
     write_json(run.metrics, metrics)
     for name, difference in differences.items():
         tell(console, f"reloaded {name}/: logits within {difference:.1e} of the trained model's")

@@ -90,7 +90,7 @@ class Parts:
 def prepare(config: RunConfig, *, splits: Sequence[str], max_features: int | None, dropout: bool) -> Parts:
     """Read and encode the splits and load the model, as ``heedful finetune`` does."""
     sources = {name: source for name, source in split_sources(config.data).items() if name in splits}
-    ensure([config.model.name, *sources.values()], root=Path.cwd(), say=print)
+    ensure([str(config.model.name), *sources.values()], root=Path.cwd(), say=print)
     rows = read_splits(config, sources)
     task = building.build_task(config, rows["train"])
     features = {name: encode(task, split, training=name == "train") for name, split in rows.items()}

@@ -93,7 +93,7 @@ def _only(table: Table, name: str, cells: Sequence[Any], good: Callable[[Any], b
     bad = [i for i, cell in enumerate(cells) if not good(cell)]
     if bad:
         shown = repr(cells[bad[0]])[:60]
-        fix = "mend these rows, or choose another column with data.columns"
+        fix = "mend these rows, or choose another column"
         raise table.fault(name, bad, found=f"{type(cells[bad[0]]).__name__} {shown}", expected=expected, fix=fix)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from heedful import UserError
 from sources.cells import check_row_wise, convert, split_words
-from sources.columns import Column
+from sources.columns import Column, ColumnKind
 from sources.conll import read_conll
 from sources.files import sha256_of
 from sources.matching import match_columns
@@ -71,9 +71,7 @@ def read_rows(
         UserError: Whatever would make the rows other than what the user believes them to be.
     """
     dialect = dialect or Dialect()
-    table = _open(source, columns, dialect)
-    if not table.size:
-        raise UserError("0 rows", where=source, expected="at least one row", fix="check how the file was written")
+    table = _open_filled(source, columns, dialect)
     names = match_columns(table, columns, mapping, need_targets=need_targets)
     _say_unused(table, set(names.values()))
     table = _sample(table, max_rows, seed)
@@ -85,6 +83,44 @@ def read_rows(
         )
     check_row_wise(table, data, found)
     return datasets.Dataset.from_dict({"row": list(range(table.size)), **data}, features=features)
+
+
+def read_texts(
+    source: str, *, columns: Sequence[str], usual: Collection[str], dialect: Dialect | None = None
+) -> dict[str, list[str]]:
+    """Read texts alone, as a tokenizer is trained on; a list of words is joined by spaces.
+
+    Args:
+        source: See the top of this file; a ``.txt`` file holds one text a line.
+        columns: The columns to read; none takes those that have a usual name.
+        usual: Names that texts usually have.
+
+    Returns:
+        Column -> its texts.
+
+    Raises:
+        UserError: No such column, no column with a usual name, cells that are no texts.
+    """
+    table = _open_filled(source, (Column("text", "text", ("text",)),), dialect or Dialect())
+    plain = Path(source).suffix == ".txt"  # has no columns that could be named
+    names = table.names if plain else columns or [name for name in table.names if name in usual]
+    missing = [name for name in names if name not in table.names]
+    if missing or not names:
+        near = get_close_matches(missing[0], table.names, n=1) if missing else []
+        raise UserError(
+            f"no column {missing[0]!r}" if missing else "no column with a usual name for texts",
+            where=source,
+            expected=f"one of the columns there: {', '.join(map(repr, table.names))}",
+            fix=table.hint or (f"did you mean {near[0]!r}?" if near else f"name it: --columns {table.names[0]}"),
+        )
+    _say_unused(table, set(names))
+    return {name: _plain_texts(table, name) for name in names}
+
+
+def _plain_texts(table: Table, name: str) -> list[str]:
+    kind: ColumnKind = "words" if any(isinstance(cell, list) for cell in table.cells(name)) else "text"
+    cells, _ = convert(table, name, Column(name, kind, (name,)), separator=None, split=False)
+    return cells if kind == "text" else [" ".join(words) for words in cells]
 
 
 def rows_from_text(text: str, columns: tuple[Column, ...]) -> datasets.Dataset:
@@ -176,6 +212,13 @@ def _files_by_stem(folder: Path) -> dict[str, list[str]]:
             stem = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
             found.setdefault(stem, []).append(str(file))
     return found
+
+
+def _open_filled(source: str, columns: Sequence[Column], dialect: Dialect) -> Table:
+    table = _open(source, columns, dialect)
+    if not table.size:
+        raise UserError("0 rows", where=source, expected="at least one row", fix="check how the file was written")
+    return table
 
 
 def _open(source: str, columns: Sequence[Column], dialect: Dialect) -> Table:

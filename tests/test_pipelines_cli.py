@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_families import make_rows, save_body
-from transformers import pipeline
+from transformers import AutoTokenizer, pipeline
 
 from pipelines import cli
 from tasks import TASKS
@@ -132,6 +133,48 @@ def test_without_validation_the_last_model_is_kept_and_it_is_said(project, cli_r
     assert json.loads(Path("runs/run/metrics.json").read_text()) == {}
 
 
+SCRATCH = [
+    "model.init=scratch",
+    "model.name=null",
+    "model.tokenizer=./words",
+    "model.architecture={model_type: distilbert, dim: 16, n_layers: 1, n_heads: 2, hidden_dim: 32}",
+]
+
+
+def test_a_run_from_scratch_goes_through_every_verb(project, cli_run):
+    code, _, log = cli_run("tokenizer", "train", "words", "train.csv", "--vocab-size", 262, "--kind", "bpe")
+    assert code == 0, log
+    code, _, log = cli_run("finetune", "run.yaml", *SCRATCH, "train.save_steps=1")
+    assert code == 0, log
+    assert "from scratch: every weight starts at random" in log
+    assert "vocab_size 262, bos_token_id 2, eos_token_id 3, pad_token_id 0" in log
+    stored = Path("runs/run/metrics.json").read_text()
+    assert json.loads(cli_run("evaluate", "runs/run")[1]) == json.loads(stored)
+    assert cli_run("predict", "runs/run", "the cat sat")[0] == 0
+    whole = load_file("runs/run/model/model.safetensors")
+    shutil.rmtree("runs/run/checkpoints/step-2")
+    code, _, log = cli_run("finetune", "run.yaml", *SCRATCH, "train.save_steps=1", "resume=auto")
+    assert code == 0, log
+    assert "resuming after step 1" in log
+    again = load_file("runs/run/model/model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.r=2"]], ids=["whole", "lora"])
+def test_a_pretrained_model_takes_a_larger_tokenizer_and_says_so(lora, project, cli_run):
+    own = AutoTokenizer.from_pretrained("model")
+    save_body("bert", "model", tokenizer=own, vocab_size=len(own))
+    own.add_tokens(["moonlight"])
+    own.save_pretrained("larger")
+    code, _, log = cli_run("finetune", "run.yaml", "model.tokenizer=./larger", *lora)
+    assert code == 0, log
+    assert "1 new: moonlight" in log
+    assert "reloaded model/" in log
+    assert cli_run("evaluate", "runs/run")[0] == 0
+    body = load_file("runs/run/model/model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    assert len(body) == len(own)
+
+
 BAD_FILES = {
     "empty": ("", "0 rows|empty"),
     "header only": (HEADER, "0 rows"),
@@ -183,8 +226,15 @@ def test_broken_json_line_is_named(project, cli_run):
         (["data.max_leak_fraction=0.1"], "leak"),
         (["resume=./nowhere"], "checkpoint"),
         (["nonsense"], "KEY=VALUE"),
+        (["model.init=scratch"], "model.architecture.model_type"),
+        (["model.architecture.hidden_size=8"], "say model.init=scratch"),
+        (["model.init=scratch", "model.architecture.model_type=brt"], "did you mean bert?"),
+        (["model.init=scratch", "model.architecture={model_type: bert, hiden_size: 8}"], "did you mean hidden_size?"),
+        (["model.init=scratch", "model.architecture.model_type=bert", "lora.r=2"], "LoRA would freeze"),
+        (["model.init=scratch", "model.architecture.model_type=bert", "model.tokenizer=x"], "give one of them"),
+        (["model.tokenizer=./nothing"], "no such"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_setting_ends_with_one_message(overrides, expected, project, cli_run):
     Path("unseen.csv").write_text(HEADER + "x,a\ny,b\nz,c\n")

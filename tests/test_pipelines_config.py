@@ -20,7 +20,7 @@ train.eval_steps train.optim train.learning_rate train.per_device_train_batch_si
 train.warmup_steps train.lr_scheduler_type train.bf16 train.max_grad_norm lora.r lora.lora_alpha lora.target_modules
 attention distributed tracking.wandb
 """
-FIELDS = {"RunConfig": 12, "model": 5, "data": 15, "train": 28, "lora": 6, "tracking": 2}
+FIELDS = {"RunConfig": 12, "model": 7, "data": 15, "train": 28, "lora": 6, "tracking": 2}
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_every_fault_is_reported_at_once(write):
         ("train.optim", "KEY=VALUE"),
         ("train.optim=[", "not readable as YAML"),
         ("task=nre", "Did you mean ner"),
-        ("model.name=null", "model.name=None"),
+        ("model.name=null", "model.name is required and not given"),
     ],
 )
 def test_a_fault_names_its_key_and_the_nearest_known_one(write, override, expected):
@@ -120,13 +120,20 @@ def test_a_fault_names_its_key_and_the_nearest_known_one(write, override, expect
 
 def test_missing_keys_are_named(write):
     assert "model: required and not given" in refusal(write("task: ner"))
-    assert "model.name: required and not given" in refusal(write("task: ner\nmodel: {max_length: 64}"))
+    assert "model.name is required and not given" in refusal(write("task: ner\nmodel: {max_length: 64}"))
 
 
 def test_exponents_without_a_point_are_numbers(write):
     assert yaml.safe_load("3e-5") == "3e-5"  # the trap: YAML 1.1 reads it as text
     assert config.load(write("task: ner\nmodel: {name: m}\ntrain: {learning_rate: 3e-5}")).train.learning_rate == 3e-5
     assert config.load(write(), ["train.learning_rate=3e-5"]).train.learning_rate == 3e-5
+
+
+def test_an_architecture_round_trips_and_its_exponents_are_numbers(write):
+    text = "task: ner\nmodel: {init: scratch, tokenizer: t, architecture: {model_type: bert, layer_norm_eps: 1e-6}}\n"
+    loaded = config.load(write(text), ["model.architecture.hidden_size=8"])
+    assert loaded.model.architecture == {"model_type": "bert", "layer_norm_eps": 1e-6, "hidden_size": 8}
+    assert config.validate(yaml.safe_load(yaml.safe_dump(loaded.to_dict())), where="again") == loaded
 
 
 @pytest.mark.parametrize("word", ["no", "No", "off", "false"])

@@ -16,7 +16,16 @@ from transformers import (
 
 from heedful import UserError
 from training.checkpoints import write_whole
-from training.models import check_length, load_model, load_tokenizer, max_positions
+from training.models import (
+    check_length,
+    compare_vocabularies,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    new_config,
+    new_model,
+)
+from training.vocabulary import train_tokenizer
 
 
 def labels(*names):
@@ -214,3 +223,124 @@ def test_windows_longer_than_the_positions_are_refused():
     assert "model.max_length=63" in message
     assert "at most 62" in message
     check_length(make_model("deberta-v2", transformers.AutoModel), 5000)
+
+
+TINY = {
+    "t5": {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16},
+    "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2},
+    "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def seq2seq_tokenizer():
+    """Padding 0, unknown 1, begin 2, end 3, unlike T5's (0, -, -, 1) and BART's (1, 3, 0, 2)."""
+    return train_tokenizer(TEXTS, kind="bpe", vocab_size=270)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ids"),
+    [
+        ("t5", {"decoder_start_token_id": 0}),
+        ("mt5", {"decoder_start_token_id": 0}),
+        ("bart", {"decoder_start_token_id": 3, "forced_eos_token_id": 3}),
+        ("marian", {"decoder_start_token_id": 0, "forced_eos_token_id": 3}),
+        ("pegasus", {"decoder_start_token_id": 0, "forced_eos_token_id": 3}),
+        ("mbart", {"decoder_start_token_id": 0, "forced_eos_token_id": 3}),
+        ("bert", {}),
+        ("gpt2", {}),
+        ("modernbert", {"cls_token_id": 2, "sep_token_id": 3}),
+    ],
+)
+def test_token_ids_from_scratch_are_the_tokenizers(model_type, ids, seq2seq_tokenizer):
+    config = new_config({"model_type": model_type}, seq2seq_tokenizer)
+    found = {name: i for name, i in config.to_dict().items() if name.endswith("_token_id")}
+    assert found == {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | ids
+    assert config.vocab_size == len(seq2seq_tokenizer)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_layers"])
+def test_a_configuration_takes_the_classs_names_and_their_common_ones(key, seq2seq_tokenizer):
+    config = new_config({"model_type": "t5", key: 3, "tie_word_embeddings": False}, seq2seq_tokenizer)
+    assert (config.num_layers, config.scale_decoder_outputs) == (3, False)  # T5 1.1, not T5
+
+
+def test_a_bert_tokenizers_marks_serve_as_begin_and_end():
+    config = new_config({"model_type": "bart"}, make_tokenizer("bert", TEXTS))
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id, config.decoder_start_token_id) == (
+        0,
+        2,
+        3,
+        3,
+    )
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_model_from_scratch_is_new_in_every_parameter(model_type, seq2seq_tokenizer):
+    generates = model_type in ("t5", "bart")
+    auto_class = transformers.AutoModelForSeq2SeqLM if generates else AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    loaded = new_model(auto_class, {"model_type": model_type, **TINY[model_type]}, seq2seq_tokenizer)
+    assert set(loaded.new) == {name for name, _ in loaded.model.named_parameters()}
+    assert loaded.unused == ()
+    assert not loaded.model.training
+    assert loaded.model.get_input_embeddings().num_embeddings == len(seq2seq_tokenizer)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    for config in (loaded.model.config, loaded.model.generation_config if generates else loaded.model.config):
+        assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ({"model_type": "t5", "d_modell": 16}, "did you mean d_model?"),
+        ({"model_type": "distillbert"}, "did you mean distilbert?"),
+        ({"model_type": "t5", "vocab_size": 99}, "what the tokenizer and the task decide"),
+        ({"model_type": "t5", "pad_token_id": 9}, "what the tokenizer and the task decide"),
+        ({"model_type": "t5", "d_model": "wide"}, "expected int, got str"),
+        ({"model_type": "bert", **TINY["bert"], "num_attention_heads": 3}, "could not be made"),
+        ({"model_type": "encoder-decoder"}, "composed of other models"),
+        ({"model_type": "vit"}, "has no vocabulary"),
+        ({"model_type": "marian"}, "could not be made"),
+    ],
+)
+def test_an_architecture_that_would_not_be_what_it_says_is_refused(architecture, expected, seq2seq_tokenizer):
+    message = refusal(AutoModelForSequenceClassification, architecture, seq2seq_tokenizer, load=new_model)
+    assert "model.architecture" in message
+    assert expected in message
+
+
+def extended(*tokens):
+    tokenizer = make_tokenizer("bert", TEXTS)
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def test_embeddings_grow_with_another_tokenizer_and_count_as_new(tmp_path):
+    own = make_tokenizer("bert", TEXTS)
+    save_body("bert", tmp_path, tokenizer=own, vocab_size=len(own))
+    torch.manual_seed(0)
+    tokenizer = extended("moonlight", "Berlin-Mitte")
+    loaded = load_model(AutoModelForSequenceClassification, str(tmp_path), tokenizer=tokenizer, **labels("a", "b"))
+    table, stored = loaded.model.get_input_embeddings().weight, load_file(tmp_path / "model.safetensors")
+    assert torch.equal(table[: len(own)], stored["embeddings.word_embeddings.weight"])
+    assert len(table) == loaded.model.config.vocab_size == len(own) + 2
+    assert "bert.embeddings.word_embeddings.weight" in loaded.new
+    assert "2 new: moonlight, Berlin-Mitte" in compare_vocabularies(tokenizer, own)
+    assert "all are the model's own" in compare_vocabularies(own, own)
+
+
+def test_the_same_size_with_another_vocabulary_is_said():
+    own, other = make_tokenizer("bert", TEXTS), make_tokenizer("bert", [text[::-1] for text in TEXTS])
+    assert "begin with the embedding of another token" in compare_vocabularies(other, own)
+
+
+def test_a_tokenizer_with_another_padding_than_the_models_is_refused(bodies):
+    tokenizer = make_tokenizer("bert", TEXTS)
+    tokenizer.pad_token = "the"
+    # Not even where the task has the configuration say the same as the tokenizer.
+    given = {"tokenizer": tokenizer, "pad_token_id": tokenizer.pad_token_id}
+    message = refusal(transformers.AutoModel, str(bodies["bert"]), **given)
+    assert f"pad_token_id {tokenizer.pad_token_id}" in message
+    assert "0, as the model was trained with" in message

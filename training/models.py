@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from heedful import UserError
@@ -24,6 +34,10 @@ TOKENIZER_FILES = (
     "spm.model",
     "sentencepiece.bpe.model",
 )
+ARCHITECTURE = "model.architecture"
+DECIDED = {"vocab_size", "architectures", "dtype", "num_labels", "id2label", "label2id", "problem_type"}
+"""Arguments of a configuration that follow from the tokenizer, the task and the project, as all ``*_token_id`` do."""
+MODEL_FOLDER = "a Hugging Face folder with config.json, or a Hub id"
 
 
 @dataclass(frozen=True)
@@ -42,18 +56,22 @@ class Loaded:
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+    name: str, *, own: bool = True, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer.
+
+    Args:
+        own: Whether it is for the model of the same name, and so must fit that model's embeddings.
 
     Raises:
         UserError: No tokenizer files (transformers 5 hands back one of five tokens), no fast tokenizer, or more
             tokens than the model has embeddings.
     """
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_absent(name, expected="a folder with a tokenizer, or a Hub id" if not own else MODEL_FOLDER)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code) if own else None
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(
-            "a model folder without tokenizer files",
+            f"a {'model ' * own}folder without tokenizer files",
             where=name,
             expected=f"one of: {', '.join(TOKENIZER_FILES)}",
             fix="save the model's own tokenizer there: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)",
@@ -68,7 +86,7 @@ def load_tokenizer(
         raise UserError(
             f"{type(tokenizer).__name__} has no fast version", where=name, expected="a tokenizer.json, for offsets"
         )
-    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
             f"a tokenizer of {len(tokenizer)} tokens for a model of {vocab_size} embeddings",
@@ -83,6 +101,7 @@ def load_model(
     name: str,
     *,
     new_head: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -91,16 +110,20 @@ def load_model(
 
     Args:
         new_head: Start the rows of the head's labels anew, whatever head the checkpoint has, instead of refusing one.
+        tokenizer: Another one than the model's own: the embeddings grow to its size and count as new.
         kwargs: The task's: ``num_labels``, ``id2label``, ...
 
     Raises:
-        UserError: No such model, broken weights, NaN in the weights, or a head for other labels.
+        UserError: No such model, broken weights, NaN in the weights, a head for other labels, or a tokenizer with
+            other ids for the model's special tokens.
     """
     if (Path(name) / MANIFEST).is_file() and (reason := fault(Path(name))):
         raise UserError(f"broken model folder: {reason}", where=name, fix="fetch or train it again")
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     if not new_head:
         _refuse_other_labels(config, auto_class, name, kwargs)
+    if tokenizer is not None:
+        _refuse_other_ids(config, tokenizer)
     with _quiet():
         try:
             model, info = auto_class.from_pretrained(
@@ -125,8 +148,118 @@ def load_model(
         raise UserError(f"NaN or infinite weights: {', '.join(broken[:3])}", where=name, fix="fetch or train it again")
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     renewed = _renew_labels(model) if new_head else []
+    renewed += _fit_embeddings(model, tokenizer) if tokenizer is not None else []
     new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
     return Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
+
+
+def new_model(
+    auto_class: Any, architecture: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+) -> Loaded:
+    """Make a model of random weights for ``auto_class``, in fp32; every parameter is new.
+
+    Args:
+        architecture: ``model_type`` and arguments of its configuration class.
+        tokenizer: Decides ``vocab_size`` and every token id: the class's defaults are those of another tokenizer.
+        kwargs: The task's: ``num_labels``, ``id2label``, ...
+
+    Raises:
+        UserError: As ``new_config``; or sizes that do not go together, or no such head for this ``model_type``.
+    """
+    config = new_config(architecture, tokenizer, **kwargs)
+    try:
+        model = auto_class.from_config(config, dtype=torch.float32)
+    except (ValueError, ImportError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"the model could not be made: {_first_line(error)}", where=ARCHITECTURE) from error
+    return Loaded(model.eval(), tuple(sorted(name for name, _ in model.named_parameters())), ())
+
+
+def new_config(architecture: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedConfig:
+    """Make the configuration of a model that fits the tokenizer; see ``new_model``.
+
+    Raises:
+        UserError: An unknown ``model_type`` or argument (transformers would keep it and use it for nothing), one that
+            the tokenizer or the task decides, or a value of another type.
+    """
+    values = dict(architecture)
+    config_class = _config_class(values.pop("model_type"))
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    decided = {name for name in fields if name.endswith("_token_id")} | DECIDED | kwargs.keys()
+    # T5's class reads tie_word_embeddings without naming it among its arguments.
+    known = sorted((fields | config_class.attribute_map.keys() | {"tie_word_embeddings"}) - decided)
+    for key in values:
+        if key in decided:
+            raise UserError(
+                f"{key}={values[key]!r}",
+                where=f"{ARCHITECTURE}.{key}",
+                expected="what the tokenizer and the task decide",
+            )
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.5)
+            raise UserError(
+                f"unknown key {key!r} for {config_class.__name__}",
+                where=f"{ARCHITECTURE}.{key}",
+                expected=f"one of: {', '.join(known)}",
+                fix=f"did you mean {near[0]}?" if near else "",
+            )
+    ids = token_ids(config_class(), tokenizer)
+    try:
+        return config_class(**{**values, "vocab_size": len(tokenizer), **ids, **kwargs})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(
+            " ".join(str(error).split()), where=ARCHITECTURE, expected=f"arguments of {config_class.__name__}"
+        ) from error
+
+
+def token_ids(default: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Every token id of a configuration, as this tokenizer has it.
+
+    Args:
+        default: The class's own defaults. Where they use one id twice, so shall the result: BART begins to decode with
+            its end of text and forces it at the end, T5 and Marian begin with padding.
+    """
+    of = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": _first_given(tokenizer.eos_token_id, tokenizer.sep_token_id),
+        "bos_token_id": _first_given(tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "sep_token_id": _first_given(tokenizer.sep_token_id, tokenizer.eos_token_id),
+        "cls_token_id": _first_given(tokenizer.cls_token_id, tokenizer.bos_token_id),
+        "mask_token_id": tokenizer.mask_token_id,
+        "unk_token_id": tokenizer.unk_token_id,
+    }
+    stored = {name: value for name, value in default.to_dict().items() if name.endswith("_token_id")}
+    if default.is_encoder_decoder and stored.get("decoder_start_token_id") is None:
+        stored["decoder_start_token_id"] = default.pad_token_id  # T5's, whose configuration class leaves it out
+    main = ("pad_token_id", "eos_token_id", "bos_token_id")
+    copied = {
+        name: next((of[role] for role in main if value is not None and stored.get(role) == value), None)
+        for name, value in stored.items()
+        if name not in of
+    }
+    return {name: of[name] for name in main} | {name: of[name] for name in stored if name in of} | copied
+
+
+def _first_given(*ids: int | None) -> int | None:
+    return next((i for i in ids if i is not None), None)
+
+
+def _config_class(model_type: Any) -> type[PreTrainedConfig]:
+    if model_type not in CONFIG_MAPPING:
+        near = get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        raise UserError(
+            f"unknown model_type {model_type!r}",
+            where=f"{ARCHITECTURE}.model_type",
+            expected="one that transformers knows, e.g. bert, distilbert, t5, bart, gpt2",
+            fix=f"did you mean {near[0]}?" if near else "",
+        )
+    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+    if config_class.sub_configs or "vocab_size" not in {field.name for field in dataclasses.fields(config_class)}:
+        raise UserError(
+            f"model_type {model_type!r}, which is composed of other models or has no vocabulary",
+            where=f"{ARCHITECTURE}.model_type",
+            expected="a single model of text, e.g. bert, distilbert, t5, bart, gpt2",
+        )
+    return config_class
 
 
 def check_length(model: nn.Module, max_length: int, *, where: str = "model.max_length") -> None:
@@ -167,18 +300,21 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     Raises:
         UserError: No such folder or model.
     """
-    if name.startswith((".", "/", "~", "assets/", "runs/")) and not Path(name).is_dir():
-        raise UserError(
-            "no such model folder", where=name, expected="a Hugging Face folder with config.json, or a Hub id"
-        )
+    _refuse_absent(name, expected=MODEL_FOLDER)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"no model configuration could be loaded: {_first_line(error)}",
             where=name,
-            expected="a Hugging Face folder with config.json, or a Hub id",
+            expected=MODEL_FOLDER,
         ) from error
+
+
+def _refuse_absent(name: str, *, expected: str) -> None:
+    """What looks like a path and is none must not be asked for on the Hub."""
+    if name.startswith((".", "/", "~", "assets/", "runs/")) and not Path(name).is_dir():
+        raise UserError("no such model folder", where=name, expected=expected)
 
 
 def _refuse_other_labels(config: PreTrainedConfig, auto_class: Any, name: str, wanted: Mapping[str, Any]) -> None:
@@ -207,6 +343,37 @@ def _renew_labels(model: PreTrainedModel) -> list[str]:
         for name, parameter in rows.items():
             parameter.copy_(fresh.get_parameter(name))
     return list(rows)
+
+
+def _refuse_other_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The former padding's row would get no gradient, RoBERTa's positions would shift, decoding would end elsewhere."""
+    own = config.to_dict()
+    for name, i in token_ids(config, tokenizer).items():
+        if own.get(name) not in (None, i):
+            raise UserError(
+                f"{name} {i}", where="model.tokenizer", expected=f"{own[name]}, as the model was trained with"
+            )
+
+
+def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give every token of another tokenizer a row, new ones around the mean of the old; name what must be trained."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        with _quiet():
+            model.resize_token_embeddings(len(tokenizer))
+    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    held = {id(p) for table in tables for p in table.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) in held]
+
+
+def compare_vocabularies(tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> str:
+    """Say how a tokenizer differs from the model's own: tokens without a trained row, and those with another's."""
+    vocabulary, trained = tokenizer.get_vocab(), {i: token for token, i in own.get_vocab().items()}
+    by_id = sorted((i, token) for token, i in vocabulary.items())
+    new = [token for i, token in by_id if i not in trained]
+    moved = [token for i, token in by_id if i in trained and trained[i] != token]
+    said = [f"{len(new):,} new: {_some(new)}"] if new else []
+    said += [f"{len(moved):,} begin with the embedding of another token: {_some(moved)}"] if moved else []
+    return f"of the tokenizer's {len(tokenizer):,} tokens " + (" and ".join(said) or "all are the model's own")
 
 
 def _some(labels: Any) -> str:
