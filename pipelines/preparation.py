@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from heedful import UserError
 from pipelines.config import DataSection, RunConfig
@@ -54,6 +55,7 @@ def build_console(accelerator: Accelerator, console: Console | None = None) -> C
     console = console or Console(stderr=True, soft_wrap=True)
     if not accelerator.is_main_process:
         console.quiet = True
+    transformers_logging.disable_progress_bar()  # of reading and writing weights; downloads show their own
     if not (console.is_terminal and accelerator.is_main_process):
         datasets.disable_progress_bars()
     logger = logging.getLogger("heedful")

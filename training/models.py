@@ -391,7 +391,6 @@ class _quiet:
     def __enter__(self) -> None:
         self._verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
     def __exit__(self, *exc: object) -> None:
         logging.set_verbosity(self._verbosity)
