@@ -31,6 +31,7 @@ from training.models import (
     new_model,
 )
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
+from training.warm_start import join_encoders, joined_config
 
 PASS_OVERHEAD = {"cpu": 128.0}
 """What one more forward and backward pass costs, in tokens; see ``Batching.overhead``."""
@@ -48,20 +49,24 @@ def build_task(config: RunConfig, rows: datasets.Dataset) -> Task:
         trust_remote_code=model.trust_remote_code,
         **kind.tokenizer_kwargs,
     )
-    # From scratch, a wrong key of the architecture is said here, before the data is encoded.
-    model_config = (
-        new_config(model.architecture, tokenizer)
-        if model.init == "scratch"
-        else load_config(str(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code)
-    )
     return kind.build(
         tokenizer,
         rows,
-        model_config=model_config,
+        model_config=load_model_config(config, tokenizer),
         max_length=model.max_length,
         stride=config.data.stride,
         options=config.options,
     )
+
+
+def load_model_config(config: RunConfig, tokenizer: Any) -> Any:
+    """The configuration that the model will have, with which a wrong setting is found before the data is encoded."""
+    model = config.model
+    if model.init == "scratch":
+        return new_config(model.architecture, tokenizer)
+    if model.init == "encoder_decoder":
+        return joined_config(str(model.name), tokenizer, **_where(config))
+    return load_config(str(model.name), **_where(config))
 
 
 def audit_limits(config: RunConfig) -> Limits:
@@ -80,6 +85,8 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
     set_seed(config.seed)
     if config.model.init == "scratch":
         loaded = new_model(task.auto_class, config.model.architecture, task.tokenizer, **task.model_kwargs())
+    elif config.model.init == "encoder_decoder":
+        loaded = join_encoders(str(config.model.name), task.tokenizer, **_where(config))
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
     check_length(loaded.model, config.model.max_length)
@@ -104,11 +111,14 @@ def base_of(config: RunConfig, task: Task) -> dict[str, Any]:
     model = config.model
     return {
         "name": model.name,
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
+        **_where(config),
         "new_head": model.init == "new_head",
         "tokenizer": task.tokenizer if model.tokenizer else None,
     }
+
+
+def _where(config: RunConfig) -> dict[str, Any]:
+    return {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
 
 
 def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padding: int) -> nn.Module:

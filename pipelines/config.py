@@ -33,8 +33,9 @@ class ModelSection(Section):
     revision: str | None = None
     max_length: int = Field(default=128, ge=8)
     """Tokens in one window, special tokens included."""
-    init: Literal["pretrained", "new_head", "scratch"] = "pretrained"
+    init: Literal["pretrained", "new_head", "encoder_decoder", "scratch"] = "pretrained"
     """``new_head`` starts a fresh head; ``pretrained`` keeps the checkpoint's and refuses one for other labels;
+    ``encoder_decoder`` makes one of an encoder used twice, with new cross-attention and a new head;
     ``scratch`` draws every weight at random and takes only the tokenizer from elsewhere."""
     tokenizer: str | None = None
     """A folder or Hub id with another tokenizer than that of ``name``."""
@@ -274,8 +275,10 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
     known.remove("options")
     try:
         config = RunConfig.model_validate({**raw, "options": options or TASKS[task].options()})
-        if config.model.init == "scratch" and config.lora.r is not None:
-            faults.append("lora.r: LoRA would freeze weights that model.init=scratch draws at random: leave one out")
+        if config.model.init in ("scratch", "encoder_decoder") and config.lora.r is not None:
+            faults.append(
+                f"lora.r: LoRA would freeze weights that model.init={config.model.init} draws at random: leave one out"
+            )
         if not faults:
             return config
     except ValidationError as error:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_families import make_rows, save_body
-from transformers import AutoTokenizer, pipeline
+from tiny_families import make_masking_tokenizer, make_rows, save_body
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from pipelines import cli
 from tasks import TASKS
@@ -110,6 +110,21 @@ def test_every_verb_of_every_task(task, project, cli_run):
     assert not lora or {"adapter_config.json", "MANIFEST.json"} <= {
         path.name for path in Path("runs/run/adapter").iterdir()
     }
+
+
+def test_an_encoder_used_twice_summarizes(project, cli_run):
+    for name, seed in {"train": 0, "dev": 1}.items():
+        make_rows("summarization", 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
+    write_config(task="summarization", train="train.jsonl", validation="dev.jsonl")
+    code, _, log = cli_run("finetune", "run.yaml", "model.init=encoder_decoder")
+    assert code == 0, log
+    assert "crossattention" in log, "what is new is said"
+    loaded = AutoModelForSeq2SeqLM.from_pretrained("runs/run/model")
+    assert loaded.config.decoder_start_token_id == make_masking_tokenizer().cls_token_id
+    stored = json.loads(Path("runs/run/metrics.json").read_text())
+    assert json.loads(cli_run("evaluate", "runs/run")[1]) == stored
+    twice = cli_run("finetune", "run.yaml", "model.init=encoder_decoder", "model.name=runs/run/model")
+    refused(twice, "an encoder-decoder already", untouched="runs/run.1")
 
 
 def test_lora_with_a_new_head_that_shares_a_bias_is_refused(project, cli_run):

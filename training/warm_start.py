@@ -1,0 +1,62 @@
+"""An encoder-decoder out of one pretrained encoder, used twice (Rothe et al. 2020, https://arxiv.org/abs/1907.12461)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from heedful import UserError
+from training.models import Loaded, load_config, load_model, token_ids
+
+
+def joined_config(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -> PreTrainedConfig:
+    """Configuration of an encoder-decoder of which both halves are ``name``.
+
+    Args:
+        where: ``revision`` and ``trust_remote_code``.
+
+    Raises:
+        UserError: No such model, one that is an encoder-decoder already, or a tokenizer without a token to begin with.
+    """
+    half = load_config(name, **where)
+    if half.is_encoder_decoder:
+        raise UserError("an encoder-decoder already", where=name, fix="model.init=pretrained")
+    ids = token_ids(half, tokenizer)
+    if ids["bos_token_id"] is None or ids["eos_token_id"] is None:
+        raise UserError("a tokenizer without a token to begin and one to end a text with", where=name)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(half, half)
+    config.decoder_start_token_id, config.eos_token_id = ids["bos_token_id"], ids["eos_token_id"]
+    config.pad_token_id, config.vocab_size = ids["pad_token_id"], half.vocab_size
+    return config
+
+
+def join_encoders(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -> Loaded:
+    """Load ``name`` as an encoder and, with new cross-attention and a language modelling head, as a decoder.
+
+    Raises:
+        UserError: As ``joined_config`` and ``load_model``; or an architecture that can be no decoder.
+    """
+    config = joined_config(name, tokenizer, **where)
+    try:
+        # The pooler would take no part in the loss, and data parallelism waits for every gradient.
+        encoder = load_model(AutoModel, name, add_pooling_layer=False, **where)
+        decoder = load_model(AutoModelForCausalLM, name, is_decoder=True, add_cross_attention=True, **where)
+    except TypeError as error:
+        raise UserError(
+            f"{config.encoder.model_type} can not be made a decoder ({error})",
+            where="model.init=encoder_decoder",
+            expected="an encoder such as BERT or RoBERTa",
+        ) from error
+    config.decoder = decoder.model.config
+    model = EncoderDecoderModel(config=config, encoder=encoder.model, decoder=decoder.model)
+    model.generation_config.decoder_start_token_id = config.decoder_start_token_id
+    new = (*(f"encoder.{key}" for key in encoder.new), *(f"decoder.{key}" for key in decoder.new))
+    return Loaded(model.eval(), tuple(sorted(new)), tuple(sorted({*encoder.unused} & {*decoder.unused})))
