@@ -12,7 +12,7 @@ BIN := .venv/bin
 predict: override export INPUT := $(value INPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint assets finetune evaluate predict config test verify check format bench-peer clean
+.PHONY: help setup lint assets plan finetune evaluate predict config test verify check format bench-peer clean
 
 help:  ## Show every target, one line each
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ setup: .venv/.ready  ## Make .venv with everything pinned (other targets do it b
 
 assets: .venv/.ready  ## Fetch and check the models and data of TASK (finetune does it by itself)
 	$(BIN)/heedful assets $(TASK)
+
+plan: .venv/.ready  ## Say what finetuning TASK will need in memory and time, measured on two updates
+	$(BIN)/heedful plan "$(CONFIG)" $(ARGS)
 
 finetune: .venv/.ready  ## Fine-tune TASK (or CONFIG=my.yaml) with ARGS="key=value ..." on NPROC processes
 	$(BIN)/heedful finetune "$(CONFIG)" $(ARGS) --nproc $(NPROC)

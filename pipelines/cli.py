@@ -64,6 +64,15 @@ def finetune(
 
 
 @app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Say what a run will need: parameters, memory, steps and time, measured on two updates."""
+    from pipelines import plan as verb
+    from pipelines.config import load
+
+    verb.plan(load(config, overrides or []))
+
+
+@app.command()
 def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> None:
     """Score a model on its run's data, or on data.test=FILE; metrics as JSON on stdout."""
     from pipelines import evaluate as verb

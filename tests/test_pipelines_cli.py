@@ -112,6 +112,20 @@ def test_every_verb_of_every_task(task, project, cli_run):
     }
 
 
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_a_plan_says_what_a_run_needs_and_writes_nothing(task, project, cli_run):
+    if task == "generation":
+        save_body("llama", "model")
+    make_rows(task, 12).remove_columns("row").to_json("train.jsonl")
+    write_config(task=task, train="train.jsonl", validation="train.jsonl")
+    code, _, log = cli_run("plan", "run.yaml")
+    assert code == 0, log
+    assert all(
+        word in log for word in ("parameters", "activations", "largest micro-batch that fits", "2 of 4 examples")
+    )
+    assert not Path("runs").exists()
+
+
 def test_an_encoder_used_twice_summarizes(project, cli_run):
     for name, seed in {"train": 0, "dev": 1}.items():
         make_rows("summarization", 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")

@@ -1,0 +1,96 @@
+"""``heedful plan``: what a run will need, before it is made: parameters, memory, steps, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import building
+from pipelines.config import RunConfig
+from pipelines.finetune import be_deterministic, prepare
+from pipelines.preparation import build_accelerator, build_console
+from training.batches import epoch_batches, examples, micro_batches, rank_share
+from training.footprint import Footprint, device_memory, measure
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found; sizes in bytes, times in seconds."""
+
+    model: str
+    footprint: Footprint
+    memory: int
+    """That the device has."""
+    most_examples: int
+    """Largest micro-batch of the longest examples that fits."""
+    batch_size: int
+    steps: int
+    longest: int
+    """Tokens of the longest example."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all updates; evaluation comes on top."""
+        return self.steps * self.footprint.seconds
+
+
+def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
+    """Prepare a run as ``finetune`` does, make two updates, and show what the whole will need. Nothing is written.
+
+    Raises:
+        UserError: As ``finetune``, before training begins.
+    """
+    accelerator = build_accelerator(bf16=config.train.bf16)
+    console = build_console(accelerator, console)
+    be_deterministic(config.seed)
+    data = prepare(config, accelerator, console)
+    features, task = data.features["train"], data.task
+    loaded = building.load_base(config, task)
+    model = building.adapt(config, loaded, features, padding=task.tokenizer.pad_token_id or 0)
+    description = building.describe_model(loaded, model)
+    batching = building.build_batching(config, accelerator)
+    lengths = np.asarray(features["length"])
+    schedule = building.build_schedule(config, task, batching.steps_per_epoch(len(lengths)), validated=False)
+    trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
+    first = epoch_batches(lengths, batching, epoch=0)[0]
+    share = rank_share(first, lengths, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    micro = [task.collate(examples(features, part)) for part in micro_batches(share, lengths, batching)]
+    at_once = max(len(batch["row"]) for batch in micro)
+    longest = task.collate(examples(features, np.argsort(-lengths, kind="stable")[:at_once]))
+    footprint = measure(trainee, longest, micro, features)
+    memory = device_memory(accelerator.device)
+    found = Plan(
+        model=description,
+        footprint=footprint,
+        memory=memory,
+        most_examples=footprint.most_examples(memory),
+        batch_size=config.train.batch_size,
+        steps=schedule.total_steps,
+        longest=int(lengths.max()),
+    )
+    console.print(found.model, highlight=False, markup=False)
+    console.print(_table(found))
+    return found
+
+
+def _table(found: Plan) -> Table:
+    footprint = found.footprint
+    sizes = ("weights", "gradients", "optimizer", "activations", "total")
+    rows = [(name, f"{getattr(footprint, name) / MIB:,.0f} MiB") for name in sizes]
+    rows[3] = (f"activations of {footprint.examples} examples of up to {found.longest} tokens", rows[3][1])
+    rows += [
+        ("memory of the device", f"{found.memory / MIB:,.0f} MiB"),
+        ("largest micro-batch that fits", f"{found.most_examples:,} of the longest examples"),
+        ("updates", f"{found.steps:,} of {found.batch_size} examples"),
+        ("one update", f"{footprint.seconds:.2f} s"),
+        ("training, without evaluation", f"{found.seconds / 60:,.1f} min"),
+    ]
+    table = Table("what", "needs", title="plan")
+    for row in rows:
+        table.add_row(*row)
+    return table
