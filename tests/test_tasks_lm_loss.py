@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_families import make_model
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -58,6 +59,20 @@ def test_logits_that_the_model_changes_are_taken_whole():
         model = make_model(family, AutoModelForCausalLM, initializer_range=0.3)
         token_losses(model, inputs, labels)
         assert lm_loss._plain_heads[model.lm_head] is plain
+
+
+def test_chunks_in_bf16_are_chunks_too():
+    """accelerate hands back fp32 logits of a forward pass in autocast; the head here is in the loop's autocast."""
+    inputs, labels = make_batch()
+    model = make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(model)
+    with accelerator.autocast():
+        ours = summed_loss(prepared, inputs, labels)
+        whole = cross_entropy(prepared(**inputs).logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert lm_loss._plain_heads[model.lm_head]
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, whole)
 
 
 def test_the_head_is_itself_again():
