@@ -161,7 +161,9 @@ def main() -> None:
         if not _is_main():
             # Where the main process meets the same fault, torchrun ends this one meanwhile: one message in all.
             time.sleep(3)
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]\n{_escape(error)}", highlight=False)
+        Console(stderr=True, soft_wrap=True, emoji=False).print(
+            f"[bold red]error[/]\n{_escape(error)}", highlight=False
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -52,7 +52,7 @@ def build_accelerator(*, bf16: bool | str) -> Accelerator:
 
 def build_console(accelerator: Accelerator, console: Console | None = None) -> Console:
     """The main process's console; the others' are quiet. What the libraries' loggers say goes there too."""
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)  # "owner/name:train:" holds the name of one
     if not accelerator.is_main_process:
         console.quiet = True
     transformers_logging.disable_progress_bar()  # of reading and writing weights; downloads show their own

@@ -3,7 +3,8 @@
 A source is one of
     path/to/file.csv        also .tsv .json .jsonl .parquet, and .conll .iob .iob2 .bio .bioes .txt for tokens and tags
     path/to/saved           written by ``Dataset.save_to_disk``; of a ``DatasetDict``, path/to/saved:train
-    owner/name:train        a data set on the Hub; owner/name[config]:train names its configuration
+    owner/name:train        a data set on the Hub; owner/name[config]:train names its configuration,
+                            owner/name@revision:train a branch, a tag or a commit
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ from sources.tables import (
     read_jsonl,
     read_parquet,
     read_text,
+    with_fields,
 )
 
 TEXT_READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".ndjson": read_jsonl}
 CONLL_SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".bioes")
 SUFFIXES = (*TEXT_READERS, ".parquet", *CONLL_SUFFIXES, ".txt")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:\[(?P<config>[^\]]+)\])?:(?P<split>.+)")
+HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?:\[(?P<config>[^\]]+)\])?:(?P<split>.+)"
+)
 PART = "|||"
 
 
@@ -58,7 +62,7 @@ def read_rows(
     Args:
         source: See the top of this file.
         columns: What the task reads.
-        mapping: Role -> the user's column name, for names other than the usual ones.
+        mapping: Role -> the user's column name, for names other than the usual ones; ``a.b`` is the field b of a.
         need_targets: False to read inputs only, for prediction.
         dialect: How text files are written.
         max_rows: Keep a random sample of so many rows, in their order; only these rows are checked.
@@ -71,7 +75,7 @@ def read_rows(
         UserError: Whatever would make the rows other than what the user believes them to be.
     """
     dialect = dialect or Dialect()
-    table = _open_filled(source, columns, dialect)
+    table = with_fields(_open_filled(source, columns, dialect), mapping.values())
     names = match_columns(table, columns, mapping, need_targets=need_targets)
     _say_unused(table, set(names.values()))
     table = _sample(table, max_rows, seed)
@@ -102,6 +106,7 @@ def read_texts(
         UserError: No such column, no column with a usual name, cells that are no texts.
     """
     table = _open_filled(source, (Column("text", "text", ("text",)),), dialect or Dialect())
+    table = with_fields(table, columns)
     plain = Path(source).suffix == ".txt"  # has no columns that could be named
     names = table.names if plain else columns or [name for name in table.names if name in usual]
     missing = [name for name in names if name not in table.names]
@@ -295,7 +300,7 @@ def _load_hub(source: str) -> datasets.Dataset:
     match = HUB_ID.fullmatch(source)
     assert match is not None  # _locate let it through
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=match["split"])
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"], revision=match["revision"])
     # The library raises its own errors, the HTTP client's, and plain ValueError, RuntimeError and OSError here.
     except Exception as error:
         raise UserError(

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -333,6 +333,42 @@ def from_dataset(dataset: datasets.Dataset, *, source: str) -> Table:
         return list(values)
 
     return Table(source, tuple(plain.column_names), len(plain), cells, lambda i: f"row index {i}")
+
+
+def with_fields(table: Table, names: Iterable[str]) -> Table:
+    """Add the fields of nested columns that are asked for, in the place of those columns.
+
+    ``translation.en`` is what each cell of ``translation`` holds under ``en``, unless a column has that whole name.
+    """
+    wanted = set(names)
+    nested = {name: tuple(name.split(".")) for name in wanted - set(table.names)}
+    nested = {name: path for name, path in nested.items() if len(path) > 1 and path[0] in table.names}
+    parents = {path[0] for path in nested.values()} - wanted
+
+    def cells(name: str) -> list[Any]:
+        return _fields(table, nested[name]) if name in nested else table.cells(name)
+
+    kept = [name for name in table.names if name not in parents]
+    return replace(table, names=(*kept, *sorted(nested)), cells=cells) if nested else table
+
+
+def _fields(table: Table, path: Sequence[str]) -> list[Any]:
+    """What stands under the path in each cell; None where the key is not there.
+
+    Raises:
+        UserError: No cell has such a key.
+    """
+    cells = table.cells(path[0])
+    for depth, key in enumerate(path[1:], start=1):
+        known = {found for cell in cells if isinstance(cell, dict) for found in cell}
+        if key not in known:
+            raise UserError(
+                f"no field {key!r} in the column {'.'.join(path[:depth])!r}",
+                where=table.source,
+                expected=f"one of: {', '.join(map(repr, sorted(known)))}" if known else "cells with named fields",
+            )
+        cells = [cell.get(key) if isinstance(cell, dict) else None for cell in cells]
+    return cells
 
 
 def _class_name(feature: Any, value: int | None) -> str | None:

@@ -1,13 +1,17 @@
 """What every test stands on: one thread a process, no network, the same examples of hypothesis in every run."""
 
 import os
+import sys
 
 # Set before torch is imported: the suite runs two processes on two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from pipelines import cli
 
 # Derandomized, so that a red test stays red; tmp_path is safe to share, since the tests that do only add to it.
 settings.register_profile(
@@ -18,3 +22,20 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture
+def cli_run(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["heedful", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

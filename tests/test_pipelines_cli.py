@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tiny_families import make_masking_tokenizer, make_rows, save_body
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
-from pipelines import cli
 from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -22,23 +21,6 @@ HEADER = "text,label\n"
 GOOD = HEADER + "".join(
     f"the cat {word} {'dog' * i},{'ab'[i % 2]}\n" for i, word in enumerate(["sat", "on", "mat"] * 4)
 )
-
-
-@pytest.fixture
-def cli_run(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["heedful", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

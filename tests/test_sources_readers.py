@@ -296,6 +296,27 @@ def test_mapping(tmp_path, caplog):
     assert "a column for each" in refusal(path, mapping={"text": "extra", "label": "extra"})
 
 
+def test_fields_of_nested_columns(tmp_path, caplog):
+    pairs = TASKS["translation"].columns
+    both = {"source": "translation.en", "target": "translation.ro"}
+    cells = [{"translation": {"en": "x", "ro": "y"}, "id": 1}, {"translation": {"en": "007", "ro": "NA"}, "id": 2}]
+    languages = datasets.Features({"translation": datasets.Translation(["en", "ro"]), "id": datasets.Value("int64")})
+    hub = saved(tmp_path / "hub", datasets.Dataset.from_list(cells, features=languages))
+    for source in (write(tmp_path / "a.jsonl", cells), hub):
+        rows = read(source, pairs, both)
+        assert (rows["source"][:], rows["target"][:]) == (["x", "007"], ["y", "NA"])
+        assert read(source, pairs, both, max_rows=1)["source"][0] in ("x", "007")
+        assert "not used: 'id'\n" in caplog.text
+        message = refusal(source, pairs, both | {"target": "translation.fr"})
+        assert "no field 'fr' in the column 'translation'" in message
+        assert "'en', 'ro'" in message
+    named = write(tmp_path / "b.jsonl", [{"a": {"b": "no"}, "a.b": "yes", "label": "l"}])
+    assert read(named, mapping={"text": "a.b"})["text"][:] == ["yes"]
+    deep = write(tmp_path / "c.jsonl", [{"a": {"b": {"c": "x"}}, "label": "l"}, {"a": {"b": {}}, "label": "l"}])
+    assert "line 2" in refusal(deep, mapping={"text": "a.b.c"})
+    assert "cells with named fields" in refusal(deep, mapping={"text": "label.x", "label": "label"})
+
+
 def test_prediction_needs_no_targets(tmp_path):
     path = write(tmp_path / "a.csv", "sentence\nx\n")
     assert read(path, need_targets=False).column_names == ["row", "text"]
@@ -373,12 +394,13 @@ def test_hub_sources(monkeypatch):
         return datasets.Dataset.from_dict({"text": ["x"], "label": ["a"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    for source in ("imdb:train", "nyu-mll/glue[sst2]:validation", "a/b:train[:10%]"):
+    for source in ("imdb:train", "nyu-mll/glue[sst2]:validation", "a/b:train[:10%]", "a/b@refs/pr/1[c]:train"):
         assert read(source)["text"][:] == ["x"]
     assert asked == [
-        (("imdb", None), {"split": "train"}),
-        (("nyu-mll/glue", "sst2"), {"split": "validation"}),
-        (("a/b", None), {"split": "train[:10%]"}),
+        (("imdb", None), {"split": "train", "revision": None}),
+        (("nyu-mll/glue", "sst2"), {"split": "validation", "revision": None}),
+        (("a/b", None), {"split": "train[:10%]", "revision": None}),
+        (("a/b", "c"), {"split": "train", "revision": "refs/pr/1"}),
     ]
 
 
