@@ -26,6 +26,8 @@ def generate(
     inputs: Batch,
     tokenizer: PreTrainedTokenizerBase,
     options: DecodingOptions,
+    *,
+    ends: Sequence[int] = (),
     **special: int | None,
 ) -> Tensor:
     """Continue each input, or answer it; the most likely tokens, never sampled.
@@ -33,6 +35,7 @@ def generate(
     Args:
         model: Without a wrapper of data parallelism.
         inputs: ``input_ids`` and ``attention_mask``; for a decoder-only model padded on the left (``pad_left``).
+        ends: Tokens that end an answer, beside the usual ones (``end_ids``).
         special: Further token ids of ``GenerationConfig``, such as ``forced_bos_token_id``.
 
     Returns:
@@ -43,7 +46,7 @@ def generate(
         **settings,
         do_sample=False,
         pad_token_id=padding_id(tokenizer),
-        eos_token_id=end_ids(model, tokenizer),
+        eos_token_id=sorted({*end_ids(model, tokenizer), *ends}),
         **{name: token for name, token in special.items() if token is not None},
     )
     ids = model.generate(**inputs, generation_config=config)  # type: ignore[operator]

@@ -21,7 +21,7 @@ from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import DecodingOptions, GenerationOptions
 from tasks.packing import keeps_apart, pack
-from tasks.prompts import Piece, chat_pieces, completion_pieces, render, start_ids, tokenize_pieces
+from tasks.prompts import Piece, answer_end, chat_pieces, completion_pieces, render, start_ids, tokenize_pieces
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
 from tasks.windows import plan_windows
 
@@ -177,7 +177,8 @@ class Generation:
             sums_B.index_add_(0, torch.repeat_interleave(counts_B), losses_N)
         answers = {"row": batch["row"], "nll": sums_B, "tokens": counts_B}
         if "prompt_length" in batch:
-            answers["generated"] = causal.answer(model, batch, self.tokenizer, self.options.decoding)
+            ends = [answer_end(self.tokenizer)] if self.form == "chat" else []
+            answers["generated"] = causal.answer(model, batch, self.tokenizer, self.options.decoding, ends=ends)
         return answers
 
     def decode(self, predictions: Sequence[Prediction], rows: Rows) -> list[Output]:

@@ -59,6 +59,13 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     return pieces
 
 
+def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer in the tokenizer's chat template: often not the one that ends a text."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    pieces = chat_pieces(tokenizer, chat, where="the chat template")
+    return int(tokenizer(pieces[-1].text, add_special_tokens=False)["input_ids"][-1])
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> str:
     """The chat as text; with ``answer_next`` up to where the answer begins."""
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next))
