@@ -167,8 +167,8 @@ def test_the_prompt_is_tokenized_as_it_will_be_without_its_answer(border, tokeni
 def test_an_answer_ends_with_the_token_that_ends_a_turn():
     """A base model's tokenizer may have a chat template whose turns end otherwise than its texts."""
     tokenizer = make_decoder_tokenizer()
-    tokenizer.chat_template = TEMPLATE.replace("[SEP]", "[CLS]")
-    assert answer_end(tokenizer) == tokenizer.convert_tokens_to_ids("[CLS]") != tokenizer.eos_token_id
+    tokenizer.chat_template = TEMPLATE.replace("[SEP]", "[UNK]")
+    assert answer_end(tokenizer) == tokenizer.convert_tokens_to_ids("[UNK]") != tokenizer.eos_token_id
     rows, model = table(messages=[CHAT]), make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
     task = build(tokenizer, rows, max_length=64, decoding={"max_new_tokens": 8})
     model.lm_head.bias = torch.nn.Parameter(1e3 * torch.eye(400)[answer_end(tokenizer)])  # it says nothing else
