@@ -11,9 +11,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from heedful import UserError
-from pipelines.config import RunConfig
+from pipelines.config import ModelSection, RunConfig
 from sources.audit import Limits
 from tasks import TASKS
+from tasks.fitting import check_fit, pad_as
 from tasks.protocol import Task
 from training.batches import Batching
 from training.dropout import use_fast_dropout
@@ -21,6 +22,7 @@ from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
 from training.models import (
+    ARCHITECTURE,
     Loaded,
     check_length,
     compare_vocabularies,
@@ -54,6 +56,8 @@ def build_task(config: RunConfig, rows: datasets.Dataset) -> Task:
         if model.init == "scratch"
         else load_config(str(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code)
     )
+    check_fit(config.task, model_config, where=_named(model))
+    pad_as(tokenizer, model_config)
     return kind.build(
         tokenizer,
         rows,
@@ -62,6 +66,10 @@ def build_task(config: RunConfig, rows: datasets.Dataset) -> Task:
         stride=config.data.stride,
         options=config.options,
     )
+
+
+def _named(model: ModelSection) -> str:
+    return ARCHITECTURE if model.init == "scratch" else f"model.name: {model.name}"
 
 
 def audit_limits(config: RunConfig) -> Limits:
