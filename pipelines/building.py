@@ -11,9 +11,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from heedful import UserError
-from pipelines.config import RunConfig
+from pipelines.config import ModelSection, RunConfig
 from sources.audit import Limits
 from tasks import TASKS
+from tasks.fitting import check_fit, pad_as
 from tasks.protocol import Task
 from training.batches import Batching
 from training.dropout import use_fast_dropout
@@ -21,6 +22,7 @@ from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
 from training.models import (
+    ARCHITECTURE,
     Loaded,
     check_length,
     compare_vocabularies,
@@ -49,10 +51,13 @@ def build_task(config: RunConfig, rows: datasets.Dataset) -> Task:
         trust_remote_code=model.trust_remote_code,
         **kind.tokenizer_kwargs,
     )
+    model_config = load_model_config(config, tokenizer)
+    check_fit(config.task, model_config, where=_named(model))
+    pad_as(tokenizer, model_config)
     return kind.build(
         tokenizer,
         rows,
-        model_config=load_model_config(config, tokenizer),
+        model_config=model_config,
         max_length=model.max_length,
         stride=config.data.stride,
         options=config.options,
@@ -67,6 +72,10 @@ def load_model_config(config: RunConfig, tokenizer: Any) -> Any:
     if model.init == "encoder_decoder":
         return joined_config(str(model.name), tokenizer, **_where(config))
     return load_config(str(model.name), **_where(config))
+
+
+def _named(model: ModelSection) -> str:
+    return ARCHITECTURE if model.init == "scratch" else f"model.name: {model.name}"
 
 
 def audit_limits(config: RunConfig) -> Limits:

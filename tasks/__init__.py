@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sources.columns import Column
 from tasks.options import (
@@ -24,15 +24,29 @@ from tasks.options import (
 if TYPE_CHECKING:
     from tasks.protocol import Task
 
+Kind = Literal["encoder", "decoder", "encoder-decoder"]
+"""Of model: looks both ways, looks back only, or reads with the one and writes with the other."""
+EVERY_KIND: tuple[Kind, ...] = ("encoder", "decoder", "encoder-decoder")
+WRITERS: tuple[Kind, ...] = ("decoder", "encoder-decoder")
+
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One line of the table: where the task lives, its settings, the columns it reads, a text to try it on."""
+    """One line of the table.
+
+    Args:
+        path: Where the task lives.
+        options: Its settings.
+        columns: What it reads.
+        example: A text to try it on.
+        kinds: Of model that it is for, where transformers has such a head.
+    """
 
     path: str
     options: type[Options]
     columns: tuple[Column, ...]
     example: str
+    kinds: tuple[Kind, ...] = EVERY_KIND
 
     def load(self) -> type[Task]:
         """Import the task's class (and with it torch and transformers)."""
@@ -79,6 +93,7 @@ TASKS: dict[str, TaskEntry] = {
             Column("target", "text", ("summary", "highlights", "target"), target=True),
         ),
         "Alice flew from Paris to New York, where she met Bob, who had come from London by ship.",
+        WRITERS,
     ),
     "translation": TaskEntry(
         "tasks.text_to_text:TextToText",
@@ -88,6 +103,7 @@ TASKS: dict[str, TaskEntry] = {
             Column("target", "text", ("target", "tgt", "translation"), target=True),
         ),
         "Alice flew from Paris to New York.",
+        WRITERS,
     ),
     "generation": TaskEntry(
         "tasks.generation:Generation",
@@ -99,11 +115,13 @@ TASKS: dict[str, TaskEntry] = {
             Column("completion", "text", ("completion", "response", "answer"), required=False, target=True),
         ),
         "The capital of Germany is",
+        ("decoder",),  # of an encoder-decoder, the causal class of transformers drops the encoder
     ),
     "mlm": TaskEntry(
         "tasks.mlm:Mlm",
         MlmOptions,
         (Column("text", "text", ("text", "content", "document")),),
         "Alice flew from Paris to New [MASK].",
+        ("encoder", "encoder-decoder"),
     ),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from heedful import UserError
 from tasks.batching import IGNORED, pad_batch
 from tasks.decoding import generate, pad_left, padding_id
 from tasks.lm_loss import next_tokens, summed_loss
@@ -62,3 +63,30 @@ def answer(
     """What the model says after each prompt (BG); ``ends`` as in ``generate``."""
     prompts = pad_left(batch["input_ids"], batch["prompt_length"], padding_id(tokenizer))
     return generate(model, prompts, tokenizer, options, ends=ends)
+
+
+def check_causal(model: nn.Module) -> None:
+    """Try out whether the model sees no token after the one it continues.
+
+    Raises:
+        UserError: It does, as BERT's causal head without ``is_decoder``: it would learn to copy, with a loss near zero.
+    """
+    if _looks_ahead(model):
+        raise UserError(
+            f"{type(model).__name__} sees the tokens that it is to predict",
+            where="model.name",
+            expected="a decoder, such as gpt2 or llama",
+            fix="take one, or the task mlm",
+        )
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module) -> bool:
+    """Whether logits change with a later token."""
+    was_training = model.training
+    model.eval()
+    ids_BT = torch.arange(2, 8, device=next(model.parameters()).device).repeat(2, 1)
+    ids_BT[1, -1] = 1
+    one, other = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+    model.train(was_training)
+    return not torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))

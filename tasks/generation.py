@@ -120,11 +120,13 @@ class Generation:
                 _check_chat(row["messages"], where=f"{where}, row {i}")
 
     def check_model(self, model: nn.Module) -> None:
-        """Try out whether the model keeps packed texts apart.
+        """Try out whether the model looks back only, and keeps packed texts apart.
 
         Raises:
-            UserError: It does not look at the positions: one text would be learned with another before it.
+            UserError: It sees what it is to predict, or does not look at the positions: one text would be learned with
+                another before it.
         """
+        causal.check_causal(model)
         if self.packing and not keeps_apart(model):
             raise UserError(
                 f"{type(model).__name__} lets packed texts see each other",

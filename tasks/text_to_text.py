@@ -121,7 +121,13 @@ class TextToText:
                 raise UserError("an empty source", where=f"{where}, row {i}", fix="leave the row out")
 
     def check_model(self, model: nn.Module) -> None:
-        """Any model with this head will do."""
+        """Any encoder-decoder will do; what continues a prompt must look back only.
+
+        Raises:
+            UserError: It sees what it is to predict.
+        """
+        if self.decoder_start is None:
+            causal.check_causal(model)
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the head is the checkpoint's."""

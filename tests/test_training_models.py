@@ -67,6 +67,7 @@ HEADS = {
     "roberta": {"classifier.dense", "classifier.out_proj"},
     "distilbert": {"pre_classifier", "classifier"},
     "electra": {"classifier.dense", "classifier.out_proj"},
+    "albert": {"classifier"},
     "deberta-v2": {"pooler.dense", "classifier"},
     "modernbert": {"head.dense", "head.norm", "classifier"},
 }
@@ -81,6 +82,31 @@ def test_new_parameters_are_named_and_the_rest_is_the_checkpoints(family, bodies
     missing = [name for name, tensor in stored.items() if name not in own or not torch.equal(own[name], tensor)]
     assert set(missing) == {name.removeprefix(f"{loaded.model.base_model_prefix}.") for name in loaded.unused}
     assert not loaded.model.training
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_body_under_another_name_is_found(family, tmp_path):
+    """The trap: for question answering transformers looks for ``transformer.*`` and starts at random."""
+    folder = save_body(family, tmp_path / "body")
+    stored = load_file(folder / "model.safetensors")
+    _, info = AutoModelForQuestionAnswering.from_pretrained(folder, output_loading_info=True)
+    assert len(info["missing_keys"]) > 20
+    loaded = load_model(AutoModelForQuestionAnswering, str(folder), num_labels=2)
+    assert loaded.new == ("qa_outputs.bias", "qa_outputs.weight")
+    body = {f"model.{name}": tensor for name, tensor in loaded.model.base_model.state_dict().items()}
+    assert all(torch.equal(stored[name], tensor) for name, tensor in body.items())
+    loaded.model.save_pretrained(tmp_path / "saved")  # transformers alone must find it again
+    _, info = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert (set(info["missing_keys"]), set(info["unexpected_keys"])) == (set(), set())
+
+
+def test_a_checkpoint_of_which_nothing_fits_is_refused(body):
+    """Not trained from scratch and called pretrained."""
+    tensors = {f"strange.{name}": tensor for name, tensor in load_file(body / "model.safetensors").items()}
+    del tensors["strange.embeddings.word_embeddings.weight"]
+    save_file(tensors, body / "model.safetensors", {"format": "pt"})
+    message = refusal(AutoModelForSequenceClassification, str(body), **labels("a", "b"))
+    assert "BertForSequenceClassification has a place for none: strange.embeddings" in message
 
 
 def test_weights_are_fp32_whatever_the_checkpoint(bodies, tmp_path):

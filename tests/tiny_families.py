@@ -1,4 +1,4 @@
-"""Tiny random models of the six families that the project promises, and a folder of one as the Hub would hold it."""
+"""Tiny random models of the families that the project is tried on, and a folder of one as the Hub would hold it."""
 
 import random
 from collections import defaultdict
@@ -19,6 +19,7 @@ FAMILIES = {
     "roberta": SIZES | {"pad_token_id": 1},
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
     "electra": SIZES | {"embedding_size": 8},
+    "albert": SIZES | {"embedding_size": 8, "num_hidden_groups": 2},
     "deberta-v2": SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "modernbert": SIZES | {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3},
 }
@@ -125,9 +126,13 @@ def tokenizer_for(family):
     """A tokenizer with the same ids in every process, which WordPiece's trainer does not promise."""
     if family in DECODERS:
         return make_decoder_tokenizer()
-    if family not in {"bert", "electra", "deberta-v2", *SEQ2SEQ}:
-        return make_tokenizer("roberta", TEXTS)
-    tokenizer = make_seq2seq_tokenizer() if family in SEQ2SEQ else make_masking_tokenizer()
+    if family not in {"bert", "electra", "albert", "deberta-v2", *SEQ2SEQ}:
+        tokenizer = make_tokenizer("roberta", TEXTS)
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        return tokenizer
+    tokenizer = make_masking_tokenizer()
+    if family in SEQ2SEQ:
+        tokenizer.eos_token = "[SEP]"
     letters = list("abcdefghijklmnopqrstuvwxyz")
     words = sorted({word.lower() for word in WORDS})
     tokens = [*SPECIAL, "[MASK]", *letters, *(f"##{letter}" for letter in letters), *words]

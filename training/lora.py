@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +21,8 @@ from heedful import UserError
 
 # PEFT 0.21 asks each model for an attribute that transformers 5.23 has renamed; nothing of it concerns the user.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# It fears for tied weights in copied modules, which are tied again here.
+warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
 
 
 def add_lora(
@@ -48,7 +51,7 @@ def add_lora(
         lora_alpha=lora_alpha or 2 * r,
         lora_dropout=lora_dropout,
         target_modules=list(target_modules) if target_modules else block_linears(model),
-        modules_to_save=owners(new),
+        modules_to_save=owners(_once(model, new)),
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
@@ -58,7 +61,9 @@ def add_lora(
         raise UserError(
             str(error).splitlines()[0], where="lora.target_modules", fix="leave it out to adapt all blocks"
         ) from error
-    trained = {_plain(name) for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
+    _share_again(wrapped, new)
+    named = wrapped.named_parameters(remove_duplicate=False)
+    trained = {_plain(name) for name, p in named if p.requires_grad and "lora_" not in name}
     if missed := set(new) - trained:
         raise UserError(
             f"new parameters that LoRA can neither train nor save: {', '.join(sorted(missed))}",
@@ -75,6 +80,33 @@ def add_lora(
             fix="leave out lora.r to train the whole model",
         )
     return wrapped
+
+
+def _once(model: nn.Module, new: Sequence[str]) -> list[str]:
+    """One name, the innermost, of each new parameter: the bias of BERT's decoder is that of its predictions too."""
+    names = {id(model.get_parameter(name)): name for name in sorted(new, key=lambda name: name.count("."))}
+    return list(names.values())
+
+
+def _share_again(wrapped: PeftModel, new: Sequence[str]) -> None:
+    """Tie again what PEFT's copies of modules tore apart.
+
+    A head for tokens shares its matrix with the embeddings, which stay frozen: PEFT would train and merge a second one.
+    """
+    modules = dict(wrapped.named_modules())
+    wrappers = {name: module for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
+    for name, wrapper in wrappers.items():
+        copy = wrapper.modules_to_save["default"]
+        outside = {other: module for other, module in modules.items() if not other.startswith(f"{name}.")}
+        for key, shared in wrapper.original_module.named_parameters(recurse=False):
+            places = [
+                (o, m, k) for o, m in outside.items() for k, p in m.named_parameters(recurse=False) if p is shared
+            ]
+            if places and f"{_plain(name)}.{key}" not in new:
+                setattr(copy, key, shared)
+            for other, module, other_key in places:
+                if f"{_plain(other)}.{other_key}" in new:
+                    setattr(module, other_key, getattr(copy, key))
 
 
 def block_linears(model: nn.Module) -> str:

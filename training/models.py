@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,35 @@ def load_model(
         _refuse_other_labels(config, auto_class, name, kwargs)
     if tokenizer is not None:
         _refuse_other_ids(config, tokenizer)
+    load = partial(
+        _from_pretrained,
+        auto_class,
+        name,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=new_head,
+        **kwargs,
+    )
+    model, info = load()
+    if (prefix := _other_prefix(model, info)) is not None:
+        model, info = load(key_mapping={rf"^{prefix}\.": f"{model.base_model_prefix}."})
+        # Or save_pretrained would write the checkpoint's names, and from_pretrained lose the trained body as well.
+        model._weight_conversions = None
+    _refuse_random_body(model, info, name)
+    if broken := [key for key, p in model.named_parameters() if not torch.isfinite(p).all()]:
+        raise UserError(f"NaN or infinite weights: {', '.join(broken[:3])}", where=name, fix="fetch or train it again")
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    renewed = _renew_labels(model) if new_head else []
+    renewed += _fit_embeddings(model, tokenizer) if tokenizer is not None else []
+    new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
+    return Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
+
+
+def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     with _quiet():
         try:
-            model, info = auto_class.from_pretrained(
-                name,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=new_head,
-                output_loading_info=True,
-                **kwargs,
+            return auto_class.from_pretrained(  # type: ignore[no-any-return]
+                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **kwargs
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"the model could not be loaded: {_first_line(error)}", where=name) from error
@@ -144,13 +163,32 @@ def load_model(
             raise UserError(
                 f"broken safetensors file: {_first_line(error)}", where=name, fix="fetch it again"
             ) from error
-    if broken := [key for key, p in model.named_parameters() if not torch.isfinite(p).all()]:
-        raise UserError(f"NaN or infinite weights: {', '.join(broken[:3])}", where=name, fix="fetch or train it again")
-    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    renewed = _renew_labels(model) if new_head else []
-    renewed += _fit_embeddings(model, tokenizer) if tokenizer is not None else []
-    new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
-    return Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
+
+
+def _other_prefix(model: PreTrainedModel, info: Mapping[str, Any]) -> str | None:
+    """The name under which the checkpoint holds the body that this class looks for under another one.
+
+    Llama's and Qwen's for question answering say ``transformer`` where every checkpoint of theirs says ``model``:
+    transformers would load none of it, and start at random.
+    """
+    own = f"{model.base_model_prefix}."
+    wanted = {key.removeprefix(own) for key in info["missing_keys"] if key.startswith(own)}
+    prefixes = {key.partition(".")[0] for key in info["unexpected_keys"]}
+    held = (p for p in prefixes if wanted and {f"{p}.{key}" for key in wanted} <= set(info["unexpected_keys"]))
+    return next(held, None)
+
+
+def _refuse_random_body(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> None:
+    """A checkpoint of which nothing fits would be trained from scratch, and called pretrained."""
+    body = {key for key, _ in model.named_parameters() if key.startswith(f"{model.base_model_prefix}.")}
+    if body and body <= set(info["missing_keys"]):
+        unused = _some(sorted(info["unexpected_keys"])[:3])
+        raise UserError(
+            f"weights of which {type(model).__name__} has a place for none: {unused}",
+            where=name,
+            expected=f"such as {min(body)}",
+            fix="fetch it again, or look what model its config.json should name",
+        )
 
 
 def new_model(
