@@ -5,6 +5,7 @@ Run as a script, it trains all pairs that go together and writes the table:
     .venv/bin/python tests/family_matrix.py docs/families.md
 """
 
+import json
 import logging
 import math
 import sys
@@ -86,8 +87,11 @@ def save_pretrained(family, folder, *, padding_side="right"):
     """A checkpoint as the Hub would hold it: no head, but a decoder's and an encoder-decoder's for the next token."""
     tokenizer = tokenizer_for(family)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = padding_side
-    return save_body(family, folder, tokenizer=tokenizer)
+    save_body(family, folder, tokenizer=tokenizer)
+    # By hand: a tokenizer that was not loaded saves the side that it was made with, not the one that was set.
+    file = Path(folder) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": padding_side}))
+    return folder
 
 
 def run_config(folder, task, *, lora=False):

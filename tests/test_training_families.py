@@ -95,7 +95,9 @@ def test_a_causal_head_that_looks_ahead_is_refused(kind, task, tmp_path):
 @pytest.mark.parametrize(("family", "task"), [(f, t) for f, t in LEGAL if f in DECODERS and t in HEADED])
 def test_a_row_alone_says_what_it_says_in_a_batch(family, task, padding_side, folder_of):
     """A classifier over a decoder takes the last token that is no padding; GPT-2 counts positions from the first."""
-    config, rows = run_config(folder_of(family, padding_side=padding_side), task), make_rows(task)
+    folder = folder_of(family, padding_side=padding_side)
+    assert transformers.AutoTokenizer.from_pretrained(folder).padding_side == padding_side
+    config, rows = run_config(folder, task), make_rows(task)
     built = building.build_task(config, rows)
     model = building.load_base(config, built).model
     features = datasets.Dataset.from_dict(built.encode(rows[:], training=False))
