@@ -55,6 +55,10 @@ class ModelSection(Section):
         if self.init != "scratch":
             if self.name is None:
                 raise ValueError("model.name is required and not given, unless model.init=scratch")
+            if self.init == "encoder_decoder" and self.tokenizer is not None:
+                raise ValueError(
+                    "model.init=encoder_decoder keeps the tokenizer of model.name: leave out model.tokenizer"
+                )
             if self.architecture:
                 raise ValueError(
                     f"model.architecture has no effect with model.init={self.init}: say model.init=scratch"

@@ -145,7 +145,10 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
         console.print(shown)
     check(audited, building.audit_limits(config))
-    return Prepared(task, rows, features, {s: fingerprint(source) for s, source in sources.items()}, assets, audited)
+    hashes = {split: fingerprint(source) for split, source in sources.items()}
+    if config.model.tokenizer is not None and Path(config.model.tokenizer).is_dir():
+        hashes["tokenizer"] = fingerprint(config.model.tokenizer)
+    return Prepared(task, rows, features, hashes, assets, audited)
 
 
 def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Console, *, batch_size: int) -> None:
@@ -243,7 +246,8 @@ def finish(
 ) -> None:
     """Leave the model, proved to answer as the trained one does, and the metrics."""
     task = trainee.task
-    probe = task.collate(examples(features, np.arange(min(8, len(features)))))
+    by_length = np.argsort(np.asarray(features["length"]), kind="stable")  # two, with padding: logits can be large
+    probe = task.collate(examples(features, np.unique(by_length[[0, len(by_length) // 2]])))
     model = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
     restore_embeddings(model)
     differences = export(model, task, run.folder, probe=probe, base=building.base_of(config, task))

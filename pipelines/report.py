@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tasks import TASKS
+from tasks.batching import IGNORED
 
 Metrics = Mapping[str, Mapping[str, float | list[float]]]
 
@@ -30,26 +31,23 @@ def metrics_table(metrics: Metrics) -> Table:
 
 
 PREVIEW_TOKENS = 200
-NOT_LEARNED = -100
 
 
 def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
     """A training example as text, with the tokens that carry loss in green and underlined, the others dim.
 
     Args:
-        feature: Of a decoder-only model, with ``input_ids`` and as many ``labels``, -100 where nothing is learned;
-            there is nothing to show of any other.
+        feature: Of packed texts or of a prompt with its answer; there is nothing to show of any other.
     """
-    if len(feature.get("labels", ())) != len(feature["input_ids"]):
+    if "prompt_length" not in feature and "position_ids" not in feature:
         return None
-    text = Text("what is learned of the first example: ")
-    runs = groupby(
-        zip(feature["input_ids"][:PREVIEW_TOKENS], feature["labels"][:PREVIEW_TOKENS], strict=True),
-        key=lambda pair: pair[1] != NOT_LEARNED,
-    )
-    for learned, pairs in runs:
-        text.append(tokenizer.decode([token for token, _ in pairs]), style="green underline" if learned else "dim")
-    if len(feature["labels"]) > PREVIEW_TOKENS:
+    start = max(0, feature.get("prompt_length", 0) - PREVIEW_TOKENS // 2)
+    window = slice(start, start + PREVIEW_TOKENS)
+    text = Text("what is learned of the first example: " + "... " * (start > 0))
+    pairs = zip(feature["input_ids"][window], feature["labels"][window], strict=True)
+    for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        text.append(tokenizer.decode([token for token, _ in run]), style="green underline" if learned else "dim")
+    if len(feature["labels"]) > window.stop:
         text.append(" ...", style="dim")
     return text
 

@@ -41,9 +41,10 @@ def generate(
     Returns:
         The new tokens alone (BG), filled with the padding token after the end of each.
     """
-    settings = options.model_dump(exclude_none=True)
     config = GenerationConfig(
-        **settings,
+        **options.model_dump(),
+        # What is left out here, transformers takes from the checkpoint without a word: BART for news says 56.
+        min_length=0,
         do_sample=False,
         pad_token_id=padding_id(tokenizer),
         eos_token_id=sorted({*end_ids(model, tokenizer), *ends}),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -16,7 +15,7 @@ from heedful import UserError
 from tasks import causal
 from tasks.batching import IGNORED
 from tasks.decoding import to_texts
-from tasks.lm_loss import next_tokens, token_losses
+from tasks.lm_loss import likelihoods, next_tokens, scored
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import DecodingOptions, GenerationOptions
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Form = Literal["text", "completion", "chat"]
-TARGET_OF: dict[str, Form] = {"completion": "completion", "messages": "chat", "text": "text"}
+FORM_OF: dict[str, Form] = {"completion": "completion", "messages": "chat", "text": "text"}
 """The column that tells what form the rows have."""
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -98,6 +97,8 @@ class Generation:
                 where="model.name",
                 fix="take a chat model, or give the data as prompt and completion",
             )
+        if form == "chat":
+            answer_end(tokenizer)  # refuses a template under which no end can be learned
         if form == "text" and not 1 <= stride <= max_length // 2:
             raise UserError(
                 f"data.stride={stride}",
@@ -149,6 +150,13 @@ class Generation:
             features = list(pack(windows, self.max_length)) if self.packing and training else list(windows)
         else:
             features = self._answers(rows)
+            if training and (bare := [f["row"] for f in features if len(f["input_ids"]) == f["prompt_length"]]):
+                raise UserError(
+                    f"{len(bare)} rows without an answer to learn",
+                    where=f"row {bare[0]}",
+                    expected="a completion, or a chat that ends with the assistant's answer",
+                    fix="leave these rows out, or the turns after the last answer",
+                )
         if training and not any(label != IGNORED for feature in features for label in feature["labels"][1:]):
             raise UserError(
                 f"no token of rows {rows['row'][0]} to {rows['row'][-1]} carries loss",
@@ -172,12 +180,7 @@ class Generation:
     def predict(self, model: nn.Module, batch: Batch) -> Batch:
         """Summed loss ``nll`` (B) over ``tokens`` (B); of prompts also the answers, ``generated`` (BG)."""
         labels_BT = next_tokens(batch["labels"])
-        counts_B = (labels_BT != IGNORED).sum(dim=1)
-        sums_B = torch.zeros(len(counts_B), dtype=torch.float64, device=labels_BT.device)
-        if counts_B.any():
-            losses_N = token_losses(model, causal.inputs(batch), labels_BT).double()
-            sums_B.index_add_(0, torch.repeat_interleave(counts_B), losses_N)
-        answers = {"row": batch["row"], "nll": sums_B, "tokens": counts_B}
+        answers = {"row": batch["row"], **likelihoods(model, causal.inputs(batch), labels_BT)}
         if "prompt_length" in batch:
             ends = [answer_end(self.tokenizer)] if self.form == "chat" else []
             answers["generated"] = causal.answer(model, batch, self.tokenizer, self.options.decoding, ends=ends)
@@ -202,21 +205,21 @@ class Generation:
 
     def score(self, outputs: Sequence[Output], rows: Rows) -> dict[str, float]:
         """Perplexity of the learned tokens; of answers also ROUGE and exact match."""
-        nlls, tokens = _likelihoods(outputs)
+        nlls, tokens = scored(outputs)
         scores = dict(load_metric("perplexity").compute(predictions=nlls, references=tokens))
         if self.form == "text":
             return scores
-        generated, references = [output["generated"] for output in outputs], _references(rows)
+        generated, references = [output["generated"] for output in outputs], self._references(rows)
         rouge = load_metric("rouge").compute(predictions=generated, references=references)
         hits = [one == other for one, other in zip(generated, references, strict=True)]
         return {**rouge, "exact_match": float(np.mean(hits)), **scores}
 
     def resample(self, outputs: Sequence[Output], rows: Rows) -> Resample:
         """The same metrics as a function of row indices."""
-        perplexity = resampling.perplexity(*_likelihoods(outputs))
+        perplexity = resampling.perplexity(*scored(outputs))
         if self.form == "text":
             return perplexity
-        generated, references = [output["generated"] for output in outputs], _references(rows)
+        generated, references = [output["generated"] for output in outputs], self._references(rows)
         answers = resampling.answers(generated, references)
         return lambda rows_I: answers(rows_I) | perplexity(rows_I)
 
@@ -230,6 +233,18 @@ class Generation:
         whole = [sum(len(ids) for ids, _ in pieces) for pieces in self._pieces(_columns(rows))]
         return counts | {"tokens": sum(whole), "tokens_lost": sum(whole) - sum(lengths)}
 
+    def _references(self, rows: Rows) -> list[str]:
+        """What the answers are compared with: as the template writes them, where there is one."""
+        if self.form == "completion" and "completion" in rows[0]:
+            return [row["completion"].strip() for row in rows]
+        if self.form == "chat" and all(row.get("messages", [{"role": ""}])[-1]["role"] == "assistant" for row in rows):
+            learned = [self._row_pieces(row)[-1].text for row in rows]
+            ids = self.tokenizer(learned, add_special_tokens=False)["input_ids"]
+            return to_texts(self.tokenizer, [np.array(row) for row in ids])
+        raise UserError(
+            "prompts without answers", expected="completions, or chats that end with the assistant's answer"
+        )
+
     def _windows(self, rows: Columns) -> Iterator[dict[str, Any]]:
         start, end = start_ids(self.tokenizer), self.tokenizer.eos_token_id
         texts = self.tokenizer(list(rows["text"]), add_special_tokens=False, verbose=False)["input_ids"]
@@ -242,8 +257,9 @@ class Generation:
                 seen = last
 
     def _answers(self, rows: Columns) -> list[dict[str, Any]]:
+        start = start_ids(self.tokenizer)
         features = [
-            {**causal.join_pieces(_fitted(pieces, self.max_length)), "row": row}
+            {**causal.join_pieces(_fitted(pieces, self.max_length, start=start)), "row": row}
             for row, pieces in zip(rows["row"], self._pieces(rows), strict=True)
         ]
         for feature in features:
@@ -265,7 +281,7 @@ class Generation:
 
 
 def _form(row: Mapping[str, Any]) -> Form:
-    forms = [form for column, form in TARGET_OF.items() if column in row]
+    forms = [form for column, form in FORM_OF.items() if column in row]
     if len(forms) == 1 and ("prompt" in row) == (forms[0] == "completion"):
         return forms[0]
     raise UserError(
@@ -289,8 +305,16 @@ def _described(decoding: DecodingOptions) -> str:
     return f"{search}, at most {decoding.max_new_tokens} new tokens"
 
 
-def _fitted(pieces: list[tuple[list[int], bool]], max_length: int) -> list[tuple[list[int], bool]]:
-    """Cut the beginning of what comes before the last answer, and only if that is not enough the answer's end."""
+def _fitted(pieces: list[tuple[list[int], bool]], max_length: int, *, start: list[int]) -> list[tuple[list[int], bool]]:
+    """Cut the beginning of what comes before the last answer, and only if that is not enough the answer's end.
+
+    Args:
+        start: What every text begins with (Llama's and Gemma's first token): it stays where it stood.
+    """
+    if start and pieces[0][0][: len(start)] == start:
+        rest = [(pieces[0][0][len(start) :], pieces[0][1]), *pieces[1:]]
+        (first, flag), *others = _fitted(rest, max_length - len(start), start=[])
+        return [([*start, *first], flag), *others]
     *before, (last, learned) = pieces
     if not learned:
         before, last = pieces, []
@@ -310,13 +334,3 @@ def _as_rows(rows: Columns) -> list[dict[str, Any]]:
 
 def _columns(rows: Rows) -> Columns:
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _references(rows: Rows) -> list[str]:
-    if "completion" not in rows[0] and "messages" not in rows[0]:
-        raise UserError("prompts without completions", expected="what the answers are to be compared with")
-    return [(row["completion"] if "completion" in row else row["messages"][-1]["content"]).strip() for row in rows]
-
-
-def _likelihoods(outputs: Sequence[Output]) -> tuple[list[float], list[int]]:
-    return [output["nll"] for output in outputs], [output["tokens"] for output in outputs]

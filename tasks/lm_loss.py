@@ -11,7 +11,7 @@ Shapes: B examples, T tokens, D hidden size, V vocabulary, N labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -23,7 +23,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from heedful import UserError
 from tasks.batching import IGNORED
+from tasks.protocol import Batch, Output
 
 CHUNK = 2**24
 """Logits in a chunk: 64 MiB in fp32."""
@@ -66,6 +68,28 @@ def token_losses(
         return chunk(hidden_ND, labels_N)
     pairs = zip(torch.split(hidden_ND, rows), torch.split(labels_N, rows), strict=True)
     return torch.cat([cast(Tensor, checkpoint(chunk, *pair, use_reentrant=False)) for pair in pairs])
+
+
+def likelihoods(model: nn.Module, inputs: Mapping[str, Any], labels_BT: Tensor) -> Batch:
+    """Summed loss of each row in nats, ``nll`` (B), and over how many labels, ``tokens`` (B)."""
+    counts_B = (labels_BT != IGNORED).sum(dim=1)
+    sums_B = torch.zeros(len(counts_B), dtype=torch.float64, device=labels_BT.device)
+    if counts_B.any():
+        losses_N = token_losses(model, inputs, labels_BT).double()
+        sums_B.index_add_(0, torch.repeat_interleave(counts_B), losses_N)
+    return {"nll": sums_B, "tokens": counts_B}
+
+
+def scored(outputs: Sequence[Output]) -> tuple[list[float], list[int]]:
+    """``nll`` and ``tokens`` of each row's answer.
+
+    Raises:
+        UserError: There is no token to score in all of them.
+    """
+    nlls, tokens = ([output.get(name, 0) for output in outputs] for name in ("nll", "tokens"))
+    if not sum(tokens):
+        raise UserError("no token to score", where=f"{len(outputs)} rows", expected="texts, or prompts with answers")
+    return nlls, tokens
 
 
 def next_tokens(labels_BT: Tensor) -> Tensor:

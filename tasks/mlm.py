@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from heedful import UserError
 from tasks.batching import IGNORED, NO_WORD, model_inputs, pad_batch
-from tasks.lm_loss import summed_loss, token_losses
+from tasks.lm_loss import likelihoods, scored, summed_loss
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import MlmOptions
@@ -121,14 +121,8 @@ class Mlm:
 
     def predict(self, model: nn.Module, batch: Batch) -> Batch:
         """Summed loss ``nll`` (B) over ``tokens`` (B) masked ones; the best ``candidates`` at the text's own masks."""
-        kept_BT = batch["labels"] != IGNORED
-        counts_B = kept_BT.sum(dim=1)
-        sums_B = torch.zeros(len(counts_B), dtype=torch.float64, device=kept_BT.device)
-        answers = {"row": batch["row"], "nll": sums_B, "tokens": counts_B}
-        if counts_B.any():
-            losses_N = token_losses(model, model_inputs(batch), batch["labels"]).double()
-            sums_B.index_add_(0, torch.repeat_interleave(counts_B), losses_N)
-        blank_BT = (batch["input_ids"] == self.tokenizer.mask_token_id) & (counts_B == 0)[:, None]
+        answers = {"row": batch["row"], **likelihoods(model, model_inputs(batch), batch["labels"])}
+        blank_BT = (batch["input_ids"] == self.tokenizer.mask_token_id) & (answers["tokens"] == 0)[:, None]
         if blank_BT.any():
             top_BTK = model(**model_inputs(batch)).logits.topk(CANDIDATES).indices
             answers["candidates"] = top_BTK.where(blank_BT[:, :, None], torch.full_like(top_BTK, IGNORED))
@@ -159,11 +153,12 @@ class Mlm:
 
     def score(self, outputs: Sequence[Output], rows: Rows) -> dict[str, float]:
         """Perplexity of the masked tokens."""
-        return dict(load_metric("perplexity").compute(predictions=_column(outputs, "nll"), references=_tokens(outputs)))
+        nlls, tokens = scored(outputs)
+        return dict(load_metric("perplexity").compute(predictions=nlls, references=tokens))
 
     def resample(self, outputs: Sequence[Output], rows: Rows) -> Resample:
         """The same metric as a function of row indices."""
-        return resampling.perplexity(_column(outputs, "nll"), _tokens(outputs))
+        return resampling.perplexity(*scored(outputs))
 
     def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         """Count ``features`` and ``tokens``; nothing is cut off."""
@@ -204,11 +199,3 @@ def _numbered(rows: Sequence[int]) -> list[int]:
     for i, row in enumerate(rows):
         numbers.append(numbers[-1] + 1 if i and rows[i - 1] == row else 0)
     return numbers
-
-
-def _column(outputs: Sequence[Output], name: str) -> list[Any]:
-    return [output.get(name, 0.0) for output in outputs]
-
-
-def _tokens(outputs: Sequence[Output]) -> list[int]:
-    return [int(output.get("tokens", 0)) for output in outputs]

@@ -14,14 +14,16 @@ class Options(BaseModel):
 
 
 class DecodingOptions(Options):
-    """How text is generated; names as in transformers' ``GenerationConfig``. null leaves it to the checkpoint."""
+    """How text is generated; names as in transformers' ``GenerationConfig``. A checkpoint's own habits are left."""
 
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer, in tokens."""
     num_beams: int = Field(default=1, ge=1)
     """1 is greedy search."""
-    length_penalty: float | None = None
-    no_repeat_ngram_size: int | None = Field(default=None, ge=0)
+    length_penalty: float = 1.0
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    min_new_tokens: int = Field(default=0, ge=0)
 
 
 class GenerationOptions(Options):
@@ -65,8 +67,10 @@ class TranslationOptions(TextToTextOptions):
     source_lang: str | None = None
     """The language codes of models for many languages (mBART, M2M100, NLLB), as their tokenizers write them."""
     target_lang: str | None = None
-    tokenize: str = "13a"
-    """sacrebleu's tokenizer for BLEU: 13a, intl, zh, ja-mecab, ko-mecab, char, ..."""
+    tokenize: Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "spm", "flores101", "flores200", "none"] = (
+        "13a"
+    )
+    """sacrebleu's tokenizer for BLEU."""
 
 
 class MlmOptions(Options):

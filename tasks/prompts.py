@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from jinja2.exceptions import TemplateError
+
 from heedful import UserError
 
 if TYPE_CHECKING:
@@ -60,15 +62,31 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer in the tokenizer's chat template: often not the one that ends a text."""
+    """The token that ends an answer in the tokenizer's chat template: often not the one that ends a text.
+
+    Raises:
+        UserError: The template ends an answer with no token of its own: no end could be learned.
+    """
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     pieces = chat_pieces(tokenizer, chat, where="the chat template")
-    return int(tokenizer(pieces[-1].text, add_special_tokens=False)["input_ids"][-1])
+    token = int(tokenizer(pieces[-1].text, add_special_tokens=False)["input_ids"][-1])
+    if token not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        raise UserError(
+            f"a chat template that ends an answer with {tokenizer.decode([token])!r}",
+            where="the chat template",
+            expected="a token of its own, such as eos_token, after each answer",
+            fix="mend tokenizer.chat_template, or give the chat as prompt and completion",
+        )
+    return token
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> str:
     """The chat as text; with ``answer_next`` up to where the answer begins."""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next))
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next))
+    except TemplateError as error:  # Gemma's and Mistral's refuse roles that they do not know
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template refuses the roles {roles}: {error}", where="messages") from error
 
 
 def tokenize_pieces(

@@ -100,7 +100,14 @@ class TextToText:
                     fix="write it into prompt_template",
                 )
             logger.info("a decoder-only model: each source is put as %r", options.prompt_template)
-            return cls(tokenizer, max_length, None, options)
+            task = cls(tokenizer, max_length, None, options)
+            if task._source_room() < 1:
+                raise UserError(
+                    f"a prompt_template that leaves no room for a source in model.max_length={max_length}",
+                    where=f"{task.name}.prompt_template",
+                    fix="raise model.max_length",
+                )
+            return task
         task = cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
         prefixes = (model_config.task_specific_params or {}) if hasattr(model_config, "task_specific_params") else {}
         if model_config.model_type == "t5" and not options.source_prefix and prefixes:
@@ -170,13 +177,14 @@ class TextToText:
         if self.decoder_start is None:
             return {"generated": causal.answer(model, batch, self.tokenizer, options), "row": batch["row"]}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        language = _language_id(self.tokenizer, self.options)
         generated = generate(
             model,
             inputs,
             self.tokenizer,
             options,
             decoder_start_token_id=self.decoder_start,
-            forced_bos_token_id=_language_id(self.tokenizer, self.options),
+            forced_bos_token_id=language if language != self.decoder_start else None,
         )
         return {"generated": generated, "row": batch["row"]}
 
@@ -206,9 +214,11 @@ class TextToText:
 
     def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         """Count the tokens of sources and targets, and how many of them were cut off."""
-        sources, targets = [row["source"] for row in rows], [row["target"] for row in rows if "target" in row]
+        prefix = self.options.source_prefix
+        sources, targets = [prefix + row["source"] for row in rows], [row["target"] for row in rows if "target" in row]
         whole = {"source_tokens": self._sizes(sources), "target_tokens": self._sizes(targets)}
-        limits = {"source_tokens": self._source_room(), "target_tokens": self.options.max_target_length - 1}
+        special = 1 if self.decoder_start is None else self.tokenizer.num_special_tokens_to_add()
+        limits = {"source_tokens": self._source_room(), "target_tokens": self.options.max_target_length - special}
         counts = {name: sum(sizes) for name, sizes in whole.items()}
         return counts | {
             f"{name}_lost": sum(max(0, size - limits[name]) for size in sizes) for name, sizes in whole.items()
@@ -230,6 +240,8 @@ class TextToText:
     def _ended(self, target: list[int]) -> list[int]:
         """The target without the token that it follows anyway, and with the one that ends it."""
         kept = target[1:] if target[:1] == [self.decoder_start] else target
+        if kept[-1:] == [_language_id(self.tokenizer, self.options)]:  # mBART's, which its decoder begins with
+            kept = kept[:-1]
         ends = [token for token in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if token is not None]
         return kept if kept[-1:] and kept[-1] in ends else [*kept[: self.options.max_target_length - 1], ends[0]]
 
@@ -285,14 +297,15 @@ def _check_languages(tokenizer: PreTrainedTokenizerBase, options: SummarizationO
     if not isinstance(options, TranslationOptions):
         return
     wanted, given = hasattr(tokenizer, "src_lang"), _languages(options)
-    if wanted != bool(given):
+    half = (options.source_lang is None) != (options.target_lang is None)
+    if half or wanted != bool(given):
         raise UserError(
-            "no languages are set" if wanted else f"languages for a tokenizer that knows none: {given}",
+            "no languages are set, or only one" if wanted else "languages for a tokenizer that knows none",
             where="translation.source_lang, translation.target_lang",
             expected="both codes, as this tokenizer writes them" if wanted else "none",
         )
     for language in given.values():
-        if tokenizer.convert_tokens_to_ids(language) in (None, tokenizer.unk_token_id):
+        if language not in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
             raise UserError(f"a language that the tokenizer does not know: {language!r}", where="translation")
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import DECODERS, TEXTS, make_decoder_tokenizer, make_model
+from tiny_text import make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -266,12 +267,60 @@ def test_faults_of_rows_are_named(tokenizer):
         with pytest.raises(UserError, match=message):
             build(tokenizer, table(messages=[CHAT])).check(table(messages=[messages]), where="data.train")
     empty = table(prompt=["a"], completion=["b"])
-    with pytest.raises(UserError, match="carries loss"):
+    with pytest.raises(UserError, match="without an answer to learn"):
         build(tokenizer, empty, max_length=1).encode(empty[:], training=True)
     with pytest.raises(UserError, match=r"rows of the form text"):
         build(tokenizer, table(**PAIRS)).check(table(text=["a"]), where="data.test")
     with pytest.raises(UserError, match="an empty prompt"):
         build(tokenizer, empty).encode(table(prompt=[""], completion=["b"])[:], training=True)
+
+
+def test_a_chat_that_ends_with_a_question_is_refused_in_training_and_answered_in_prediction(tokenizer):
+    asked = table(messages=[CHAT[:3]])
+    task = build(tokenizer, table(messages=[CHAT]), max_length=64)
+    with pytest.raises(UserError, match=r"row 0(.|\n)*without an answer"):
+        task.encode(asked[:], training=True)
+    (example,) = encoded(task, asked, training=False)
+    assert example["prompt_length"] == len(example["input_ids"])
+    with pytest.raises(UserError, match="prompts without answers"):
+        task.score([{"generated": "a", "nll": 1.0, "tokens": 1}], asked)
+
+
+def test_a_template_that_ends_no_answer_is_refused():
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("[SEP]", "")
+    with pytest.raises(UserError, match="token of its own"):
+        build(tokenizer, table(messages=[CHAT]))
+
+
+def test_a_template_that_refuses_a_role_is_a_message_not_a_traceback():
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    )
+    task = build(tokenizer, table(messages=[CHAT]))
+    with pytest.raises(UserError, match="no system"):
+        task.encode(table(messages=[[{"role": "system", "content": "a"}, *CHAT]])[:], training=True)
+
+
+def test_a_cut_prompt_keeps_what_begins_a_text(tokenizer):
+    begun = make_tokenizer("roberta", TEXTS)  # [CLS] before each text
+    begun.eos_token = "[SEP]"
+    rows = table(prompt=["the cat " * 20], completion=[" sat"])
+    (example,) = encoded(build(begun, rows, max_length=16), rows)
+    assert len(example["input_ids"]) == 16
+    assert example["input_ids"][0] == begun.cls_token_id
+
+
+def test_a_checkpoints_own_habits_of_decoding_are_left(tokenizer):
+    rows = table(**PAIRS)
+    task = build(tokenizer, rows, decoding={"max_new_tokens": 5})
+    model = make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
+    before = task.decode(predictions(task, model, rows), rows)
+    habits = {"min_length": 20, "repetition_penalty": 5.0, "do_sample": True, "num_beams": 3, "no_repeat_ngram_size": 1}
+    for name, value in habits.items():
+        setattr(model.generation_config, name, value)
+    assert task.decode(predictions(task, model, rows), rows) == before
 
 
 def test_a_chat_needs_a_template():

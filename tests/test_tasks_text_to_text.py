@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 from tiny_families import SEQ2SEQ, TEXTS, make_config, make_decoder_tokenizer, make_model, make_seq2seq_tokenizer
 from torch.nn.functional import cross_entropy
 
 from heedful import UserError
 from tasks.metrics.bleu.bleu import bleu
-from tasks.metrics.rouge.rouge import rouge
+from tasks.metrics.rouge.rouge import KINDS, rouge
 from tasks.options import SummarizationOptions, TranslationOptions
 from tasks.text_to_text import TextToText
 
@@ -156,6 +158,19 @@ def test_rouge_is_that_of_rouge_score():
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     expected = {name: score.fmeasure for name, score in scorer.score(gold, text).items()}
     assert {name: value for name, value in rouge([text], [gold]).items() if name in expected} == expected
+
+
+@given(text=st.text(st.characters(max_codepoint=127)), gold=st.text(st.characters(max_codepoint=127)))
+def test_rouge_of_ascii_is_rouge_scores_own(text, gold):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    expected = RougeScorer(KINDS, use_stemmer=True).score(gold, text)
+    assert rouge([text], [gold]) == {name: score.fmeasure for name, score in expected.items()}
+
+
+@pytest.mark.parametrize("text", ["привет мир", "schön größer", "猫が座った", "γάτα"])
+def test_rouge_knows_every_script(text):
+    assert rouge([text], [text])["rougeL"] == 1.0
 
 
 def test_faults_of_the_user_are_named(tokenizer):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.protocol import Batch
 from training.loop import Trainee, run_update
@@ -102,12 +102,6 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All of them, and those that are trained."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -230,7 +230,9 @@ def _sum_over_ranks(accelerator: Accelerator, *values: Any) -> list[float]:
 def note_score(position: Position, schedule: Schedule, score: float) -> bool:
     """Record an evaluation; say whether it is the best so far."""
     sign = -1.0 if schedule.headline in LOWER_IS_BETTER else 1.0
-    if better := position.best_score is None or sign * (score - position.best_score) > schedule.threshold:
+    if better := isfinite(score) and (
+        position.best_score is None or sign * (score - position.best_score) > schedule.threshold
+    ):
         position.best_score, position.best_step, position.stale_evaluations = score, position.step, 0
     else:
         position.stale_evaluations += 1

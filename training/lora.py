@@ -54,6 +54,7 @@ def add_lora(
         modules_to_save=owners(_once(model, new)),
         use_dora=use_dora,
         use_rslora=use_rslora,
+        ensure_weight_tying=_ties_new_embeddings(model, new),
     )
     try:
         wrapped = get_peft_model(model, config)
@@ -80,6 +81,14 @@ def add_lora(
             fix="leave out lora.r to train the whole model",
         )
     return wrapped
+
+
+def _ties_new_embeddings(model: PreTrainedModel, new: Sequence[str]) -> bool:
+    """Whether the output layer shares new word embeddings: PEFT would train a copy and leave it the old ones."""
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is not words.weight:
+        return False
+    return any(model.get_parameter(name) is words.weight for name in new)
 
 
 def _once(model: nn.Module, new: Sequence[str]) -> list[str]:

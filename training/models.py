@@ -387,7 +387,8 @@ def _refuse_other_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBa
     """The former padding's row would get no gradient, RoBERTa's positions would shift, decoding would end elsewhere."""
     own = config.to_dict()
     for name, i in token_ids(config, tokenizer).items():
-        if own.get(name) not in (None, i):
+        kept = own.get(name)
+        if None not in (kept, i) and i not in (kept if isinstance(kept, list) else [kept]):
             raise UserError(
                 f"{name} {i}", where="model.tokenizer", expected=f"{own[name]}, as the model was trained with"
             )

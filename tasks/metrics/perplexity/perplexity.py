@@ -16,7 +16,7 @@ def perplexity(nlls: Sequence[float], tokens: Sequence[int]) -> float:
     """
     total = sum(tokens)
     mean = math.fsum(nlls) / total if total else math.nan
-    return math.exp(mean) if mean < math.log(1e308) else math.inf
+    return math.exp(mean) if not mean >= math.log(1e308) else math.inf
 
 
 class Perplexity(evaluate.Metric):  # type: ignore[misc]

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import datasets
 import evaluate
 import numpy as np
+from nltk.stem.porter import PorterStemmer
 from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 
+WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u4e00-\u9fff]+")
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+class Words:
+    """rouge-score's own tokenizer for any script: on ASCII it is the same, elsewhere that one drops every letter.
+
+    Lower case, runs of letters and digits, longer ones stemmed if they are ASCII; each Chinese or Japanese character is
+    a word.
+    """
+
+    def __init__(self) -> None:
+        self._stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words of a text."""
+        words = WORD.findall(text.lower())
+        return [self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 
 def rows_of_rouge(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
@@ -18,7 +37,7 @@ def rows_of_rouge(predictions: Sequence[str], references: Sequence[str]) -> NDAr
 
     ``rougeLsum`` takes lines as sentences; the texts are taken as they are, not split into sentences.
     """
-    scorer = RougeScorer(KINDS, use_stemmer=True)
+    scorer = RougeScorer(KINDS, tokenizer=Words())
     scores = [scorer.score(gold, text) for text, gold in zip(predictions, references, strict=True)]
     return np.array([[score[kind].fmeasure for kind in KINDS] for score in scores]).reshape(-1, len(KINDS))
 
