@@ -323,7 +323,16 @@ def test_make_hands_any_text_to_predict_as_it_is(tmp_path):
     (tmp_path / "heedful").write_text('#!/bin/sh\nfor argument; do echo "<$argument>"; done\n')
     (tmp_path / "heedful").chmod(0o755)
     text = """it's "5 $" `and` $(HOME) %s \\ ü"""
-    make = ["make", "-f", str(ROOT / "Makefile"), "predict", f"BIN={tmp_path}", "CHECKPOINT=my run", f"INPUT={text}"]
+    make = [
+        "make",
+        "--no-print-directory",
+        "-f",
+        str(ROOT / "Makefile"),
+        "predict",
+        f"BIN={tmp_path}",
+        "CHECKPOINT=my run",
+        f"INPUT={text}",
+    ]
     ended = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines() == ["<predict>", "<-->", "<my run>", f"<{text}>"]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_families import make_model
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -65,12 +66,14 @@ def test_chunks_in_bf16_are_chunks_too():
     """accelerate hands back fp32 logits of a forward pass in autocast; the head here is in the loop's autocast."""
     inputs, labels = make_batch()
     model = make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before, in fp32
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model)
     with accelerator.autocast():
         ours = summed_loss(prepared, inputs, labels)
         whole = cross_entropy(prepared(**inputs).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     assert lm_loss._plain_heads[model.lm_head]
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, whole)
 

@@ -36,7 +36,7 @@ def make_steps(lengths, batching, *, epoch=0):
         micro_batches(rank_share(batch, lengths, rank=0, world_size=1), lengths, batching)
         for batch in epoch_batches(lengths, batching, epoch=epoch)
     ]
-    return EpochSteps(features, collate, plan)
+    return EpochSteps(features, collate, plan, draw=(0, 0))
 
 
 def rows_of(steps):

@@ -1,5 +1,6 @@
 """Every feature predicted once, in order, and training not disturbed. On several processes: test_training_loop.py."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -78,6 +79,8 @@ def test_the_longest_come_first(setting, monkeypatch):
 
 def test_an_incomplete_evaluation_is_no_result(setting, monkeypatch):
     monkeypatch.setattr(evaluation, "gather_object", lambda answers: answers[:-1])
-    setting.accelerator = SimpleNamespace(process_index=0, num_processes=2, device=torch.device("cpu"))
+    setting.accelerator = SimpleNamespace(
+        process_index=0, num_processes=2, device=torch.device("cpu"), autocast=nullcontext
+    )
     with pytest.raises(RuntimeError, match="evaluation covered"):
         run(setting)

@@ -1,15 +1,16 @@
 """LoRA leaves nothing new untrained and nothing trained unsaved: six families, every task, whatever the head's name."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from tiny_families import FAMILIES, make_config, make_task, save_body
+from tiny_families import FAMILIES, make_config, make_decoder_tokenizer, make_task, save_body
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert import BertModel
 
@@ -213,3 +214,26 @@ def test_a_model_without_blocks_is_refused():
 
 def test_owners():
     assert owners(["classifier.weight", "classifier.bias", "pooler.dense.weight"]) == ["classifier", "pooler.dense"]
+
+
+def test_new_tokens_of_a_tied_model_are_trained_on_both_sides(tmp_path):
+    """PEFT alone would train a copy of the embeddings, and leave the output layer the matrix as it was."""
+    tokenizer = make_decoder_tokenizer()
+    save_body("llama", tmp_path / "base", tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.add_tokens([f"new{i}" for i in range(200)])
+    base = {"name": str(tmp_path / "base"), "tokenizer": tokenizer}
+    loaded = load_model(AutoModelForCausalLM, **base)
+    task, _, features = make_task("generation", "llama", count=48)
+    task = replace(task, tokenizer=tokenizer)
+    wrapped = add_lora(loaded.model, loaded.new, r=2)
+    before = wrapped.get_output_embeddings().weight.detach().clone()
+    train(wrapped, task, features)
+    words, head = wrapped.get_input_embeddings().weight, wrapped.get_output_embeddings().weight
+    assert not torch.equal(head, before)
+    torch.testing.assert_close(words, head)
+    differences = export(
+        wrapped, task, tmp_path / "run", probe=task.collate(examples(features, np.arange(4))), base=base
+    )
+    assert max(differences.values()) < 1e-5
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight

@@ -111,7 +111,8 @@ def _share_again(wrapped: PeftModel, new: Sequence[str]) -> None:
             places = [
                 (o, m, k) for o, m in outside.items() for k, p in m.named_parameters(recurse=False) if p is shared
             ]
-            if places and f"{_plain(name)}.{key}" not in new:
+            names = [f"{name}.{key}", *(f"{other}.{other_key}" for other, _, other_key in places)]
+            if places and not {_plain(n).replace(".original_module", "") for n in names} & set(new):
                 setattr(copy, key, shared)
             for other, module, other_key in places:
                 if f"{_plain(other)}.{other_key}" in new:
