@@ -1,1 +1,1 @@
-"""The verbs, one file each: finetune, evaluate, predict, config."""
+"""The verbs, one file each: finetune, plan, evaluate, predict, config, assets, tokenizer."""
