@@ -15,6 +15,7 @@ from tasks import TASKS
 from tasks.batching import IGNORED
 
 Metrics = Mapping[str, Mapping[str, float | list[float]]]
+PREVIEW_TOKENS = 200
 
 
 def metrics_table(metrics: Metrics) -> Table:
@@ -28,9 +29,6 @@ def metrics_table(metrics: Metrics) -> Table:
             shown = f"{interval[0]:.4f} - {interval[1]:.4f}" if isinstance(interval, list) else ""
             table.add_row(split, name, f"{value:.4f}", shown)
     return table
-
-
-PREVIEW_TOKENS = 200
 
 
 def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:

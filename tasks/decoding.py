@@ -56,6 +56,12 @@ def generate(
     return ids[:, start:]  # type: ignore[no-any-return]
 
 
+def described(options: DecodingOptions) -> str:
+    """How answers are searched for, in words."""
+    search = "greedy" if options.num_beams == 1 else f"{options.num_beams} beams"
+    return f"{search}, at most {options.max_new_tokens} new tokens"
+
+
 def pad_left(ids_BT: Tensor, lengths_B: Tensor, padding: int) -> Batch:
     """The first ``lengths_B`` tokens of each row, moved to the right end of the shortest width that holds them."""
     width = int(lengths_B.max())

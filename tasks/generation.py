@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from heedful import UserError
 from tasks import causal
 from tasks.batching import IGNORED
-from tasks.decoding import to_texts
+from tasks.decoding import described, to_texts
 from tasks.lm_loss import likelihoods, next_tokens, scored
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
-from tasks.options import DecodingOptions, GenerationOptions
+from tasks.options import GenerationOptions
 from tasks.packing import keeps_apart, pack
 from tasks.prompts import Piece, answer_end, chat_pieces, completion_pieces, render, start_ids, tokenize_pieces
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
@@ -104,7 +104,7 @@ class Generation:
                 f"data.stride={stride}",
                 expected=f"1 to {max_length // 2}, half of model.max_length: the context that a window takes over",
             )
-        logger.info("rows of the form %s; decoding: %s", form, _described(options.decoding))
+        logger.info("rows of the form %s; decoding: %s", form, described(options.decoding))
         return cls(tokenizer, max_length, stride, form, options)
 
     def check(self, rows: Rows, *, where: str) -> None:
@@ -298,11 +298,6 @@ def _check_chat(messages: Sequence[Mapping[str, str]], *, where: str) -> None:
         raise UserError(f"a message of the role {unknown[0]!r}", where=where, expected=f"one of {', '.join(ROLES)}")
     if not roles or roles[-1] not in ("user", "assistant"):
         raise UserError("a chat without an answer", where=where, expected="messages that end with the assistant's")
-
-
-def _described(decoding: DecodingOptions) -> str:
-    search = "greedy" if decoding.num_beams == 1 else f"{decoding.num_beams} beams"
-    return f"{search}, at most {decoding.max_new_tokens} new tokens"
 
 
 def _fitted(pieces: list[tuple[list[int], bool]], max_length: int, *, start: list[int]) -> list[tuple[list[int], bool]]:

@@ -97,16 +97,19 @@ def next_tokens(labels_BT: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, model.module) if isinstance(model, DistributedDataParallel) else model
+
+
 def _head(model: nn.Module) -> nn.Linear:
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    return bare.get_output_embeddings()  # type: ignore[operator,no-any-return]
+    return _bare(model).get_output_embeddings()  # type: ignore[operator,no-any-return]
 
 
 def _is_plain(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bool:
     """Whether the logits are ``head(hidden)``, found out once a model with the first example."""
     if head not in _plain_heads:
-        bare = model.module if isinstance(model, DistributedDataParallel) else model
-        _plain_heads[head] = _try_out(bare, head, {n: v[:1] if isinstance(v, Tensor) else v for n, v in inputs.items()})
+        first = {n: v[:1] if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        _plain_heads[head] = _try_out(_bare(model), head, first)
     return _plain_heads[head]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 CANDIDATES = 5
 """Fillings of each mask that ``predict`` names."""
-
-logger = logging.getLogger("heedful.tasks.mlm")
 
 
 @dataclass(frozen=True)

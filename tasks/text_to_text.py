@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from heedful import UserError
 from tasks import causal
 from tasks.batching import IGNORED, model_inputs, pad_batch
-from tasks.decoding import generate, to_texts
+from tasks.decoding import described, generate, to_texts
 from tasks.lm_loss import summed_loss
 from tasks.metrics import resampling
 from tasks.metrics.bleu.bleu import signatures
 from tasks.metrics.loading import load_metric
-from tasks.options import SummarizationOptions, TranslationOptions
+from tasks.options import TextToTextOptions, TranslationOptions
 from tasks.prompts import completion_pieces, tokenize_pieces
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
 
@@ -48,7 +48,7 @@ class TextToText:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     decoder_start: int | None
-    options: SummarizationOptions | TranslationOptions
+    options: TextToTextOptions
 
     def __post_init__(self) -> None:
         # Tokenizers for many languages write the codes themselves, once they know them; they do not keep them.
@@ -79,7 +79,7 @@ class TextToText:
         model_config: PreTrainedConfig,
         max_length: int,
         stride: int,
-        options: SummarizationOptions | TranslationOptions,
+        options: TextToTextOptions,
     ) -> Self:
         """Find out what kind of model it is for.
 
@@ -88,6 +88,7 @@ class TextToText:
                 model, or no token to begin or to end an answer with.
         """
         _check_languages(tokenizer, options)
+        logger.info("decoding: %s", described(options.decoding))
         if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
             raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
         if isinstance(options, TranslationOptions):
@@ -109,7 +110,7 @@ class TextToText:
                 )
             return task
         task = cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
-        prefixes = (model_config.task_specific_params or {}) if hasattr(model_config, "task_specific_params") else {}
+        prefixes = getattr(model_config, "task_specific_params", None) or {}
         if model_config.model_type == "t5" and not options.source_prefix and prefixes:
             known = ", ".join(repr(p["prefix"]) for p in prefixes.values() if "prefix" in p)
             logger.warning(
@@ -287,13 +288,13 @@ def _texts(outputs: Sequence[Output]) -> list[str]:
     return [output["generated"] for output in outputs]
 
 
-def _languages(options: SummarizationOptions | TranslationOptions) -> dict[str, str]:
+def _languages(options: TextToTextOptions) -> dict[str, str]:
     if not isinstance(options, TranslationOptions) or options.source_lang is None or options.target_lang is None:
         return {}
     return {"src_lang": options.source_lang, "tgt_lang": options.target_lang}
 
 
-def _check_languages(tokenizer: PreTrainedTokenizerBase, options: SummarizationOptions | TranslationOptions) -> None:
+def _check_languages(tokenizer: PreTrainedTokenizerBase, options: TextToTextOptions) -> None:
     if not isinstance(options, TranslationOptions):
         return
     wanted, given = hasattr(tokenizer, "src_lang"), _languages(options)
@@ -309,7 +310,7 @@ def _check_languages(tokenizer: PreTrainedTokenizerBase, options: SummarizationO
             raise UserError(f"a language that the tokenizer does not know: {language!r}", where="translation")
 
 
-def _language_id(tokenizer: PreTrainedTokenizerBase, options: SummarizationOptions | TranslationOptions) -> int | None:
+def _language_id(tokenizer: PreTrainedTokenizerBase, options: TextToTextOptions) -> int | None:
     """The token that an answer in the target language begins with, for models of many languages."""
     languages = _languages(options)
     return int(tokenizer.convert_tokens_to_ids(languages["tgt_lang"])) if languages else None
@@ -318,7 +319,7 @@ def _language_id(tokenizer: PreTrainedTokenizerBase, options: SummarizationOptio
 def _decoder_start(
     tokenizer: PreTrainedTokenizerBase,
     model_config: PreTrainedConfig,
-    options: SummarizationOptions | TranslationOptions,
+    options: TextToTextOptions,
 ) -> int:
     """The checkpoint's own; mBART's is the target language."""
     own = getattr(model_config, "decoder_start_token_id", None)
