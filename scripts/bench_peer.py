@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -76,6 +77,7 @@ class Settings:
     warmup: int
     seeds: int
     overrides: tuple[str, ...]
+    kept: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,11 @@ def measure_speed(task: str, settings: Settings) -> Section:
 
 
 def measure_quality(task: str, settings: Settings) -> Section:
-    """Whole runs: the test metric of the last model, speed and peak memory."""
+    """Whole runs: the test metric of the last model, and peak memory."""
     reports = []
     for seed, sides in enumerate(_turns(["heedful", "trainer"], settings.seeds)):
-        reports += [run_side(side, task, (*settings.overrides, f"seed={seed}"), "--scored") for side in sides]
+        overrides = (*settings.overrides, f"seed={seed}")
+        reports += [_whole_run(side, task, overrides, kept=settings.kept) for side in sides]
     title = f"Whole runs, {_stem(task)}: seeds 0 to {settings.seeds - 1}"
     command = f"quality --task {task} --seeds {settings.seeds}"
     return Section(f"quality-{_stem(task)}", title, command, reports, quality_tables(reports))
@@ -171,7 +174,7 @@ def speed_tables(reports: Sequence[Report]) -> str:
 
 
 def quality_tables(reports: Sequence[Report]) -> str:
-    """The test metric with its paired difference, and the ratios of speed and memory over whole runs."""
+    """The test metric with its paired difference, and the ratio of memory; speed has a measurement of its own."""
     headline, task = reports[0]["headline"], reports[0]["task"]
     ours, theirs = ([report["metrics"][headline] for report in _of(reports, side)] for side in ("heedful", "trainer"))
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
@@ -180,15 +183,12 @@ def quality_tables(reports: Sequence[Report]) -> str:
         _score_row(f"Trainer at its best, test {headline}", theirs, ".4f"),
         _score_row(f"difference, seed by seed{_interval95(differences)}", differences, "+.4f"),
     ]
-    ratios = [
-        _ratio_row("training examples/s, heedful / Trainer at its best", reports, "trainer", "examples_per_second"),
-        _ratio_row("peak memory, heedful / Trainer at its best", reports, "trainer", "peak_mib"),
-    ]
+    memory = _ratio_row("peak memory, heedful / Trainer at its best", reports, "trainer", "peak_mib")
     aim = f"\n\nAim: at least {QUALITY_TARGETS[task]}." if task in QUALITY_TARGETS else ""
     return (
         _table(["", "mean", "least", "greatest"], scores)
         + "\n\n"
-        + _table(["ratio", "median", "least", "greatest"], ratios)
+        + _table(["ratio", "median", "least", "greatest"], [memory])
         + aim
     )
 
@@ -251,11 +251,15 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Updates timed; best a multiple of 50.")] = 50,
     seeds: Annotated[int, typer.Option(min=1, help="Whole runs of each side.")] = 1,
     override: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, for both sides.")] = None,
-    write: Annotated[Path | None, typer.Option(help="Put the tables into this Markdown file.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Store the raw figures in this folder, as JSON.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="A Markdown file to put the tables into; the raw figures go beside it, as JSON.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Store whole runs here as they end, and use those that are there.")
+    ] = None,
 ) -> None:
     """Measure heedful against transformers' Trainer."""
-    settings = Settings(pairs, steps, max(1, steps // 5), seeds, tuple(override or ()))
+    settings = Settings(pairs, steps, max(1, steps // 5), seeds, tuple(override or ()), keep)
     for mode in modes or list(MEASURES):
         for name in task or ["ner"]:
             section = MEASURES[mode](name, settings)
@@ -264,10 +268,22 @@ def main(
             typer.echo(f"\n### {section.title}\n\n{preface}\n\n{section.tables}\n")
             if write is not None:
                 write_section(write, section, preface)
-            if results is not None:
-                results.mkdir(parents=True, exist_ok=True)
-                content = json.dumps({**facts, "reports": section.reports}, indent=1)
-                (results / f"{section.name}.json").write_text(content + "\n", encoding="utf-8")
+                raw = write.with_suffix("") / f"{section.name}.json"
+                raw.parent.mkdir(parents=True, exist_ok=True)
+                raw.write_text(json.dumps({**facts, "reports": section.reports}, indent=1) + "\n", encoding="utf-8")
+
+
+def _whole_run(side: str, task: str, overrides: Sequence[str], *, kept: Path | None) -> Report:
+    """One side's scored run, or the report of the same run that an earlier call kept: hours need not be lost."""
+    if kept is None:
+        return run_side(side, task, overrides, "--scored")
+    run = "\n".join([Path(_config(task)).read_text(encoding="utf-8"), *overrides])
+    path = kept / f"{_stem(task)}-{side}-{sha256(run.encode()).hexdigest()[:12]}.json"
+    if not path.is_file():
+        kept.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run_side(side, task, overrides, "--scored")), encoding="utf-8")
+    report: Report = json.loads(path.read_text(encoding="utf-8"))
+    return report
 
 
 def _config(task: str) -> str:

@@ -64,6 +64,16 @@ def test_whole_runs_of_both_sides_see_the_same_tokens_and_take_turns(config, sid
     assert "heedful, test accuracy" in section.tables
 
 
+def test_a_kept_run_is_not_run_again_unless_its_configuration_changed(config, sides_here, tmp_path):
+    settings = Settings(1, 5, 1, 1, (), kept=tmp_path / "kept")
+    first = bench_peer.measure_quality(config, settings)
+    again = bench_peer.measure_quality(config, settings)
+    assert (sides_here, again.reports) == (["heedful", "trainer"], first.reports)
+    Path(config).write_text(Path(config).read_text() + "# changed\n")
+    bench_peer.measure_quality(config, settings)
+    assert len(sides_here) == 4
+
+
 def test_speed_counts_the_tokens_of_the_timed_updates_alone(config, monkeypatch, sides_here):
     ticks = iter(range(1000))
     monkeypatch.setattr(peer, "_now", lambda: float(next(ticks)))  # one second between start and end
@@ -104,12 +114,12 @@ def test_stopwatch_starts_after_the_warm_up_and_stops_at_the_last_update(monkeyp
 def test_ratios_are_taken_seed_by_seed():
     speeds = {("trainer", 1): 20, ("heedful", 0): 30, ("trainer", 0): 10, ("heedful", 1): 10}  # as the turns shuffle
     reports = [
-        {"side": side, "seed": seed, "examples_per_second": speed, "peak_mib": speed}
+        {"side": side, "seed": seed, "peak_mib": speed}
         | {"task": "ner", "headline": "f1", "metrics": {"f1": speed / 100}}
         for (side, seed), speed in speeds.items()
     ]
     tables = bench_peer.quality_tables(reports)
-    assert "| training examples/s, heedful / Trainer at its best | 1.75 | 0.50 | 3.00 |" in tables
+    assert "| peak memory, heedful / Trainer at its best | 1.75 | 0.50 | 3.00 |" in tables
     assert "| +0.0500 | -0.1000 | +0.2000 |" in tables
 
 
