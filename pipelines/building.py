@@ -15,6 +15,7 @@ from pipelines.config import ModelSection, RunConfig
 from sources.audit import Limits
 from tasks import TASKS
 from tasks.fitting import check_fit, pad_as
+from tasks.positions import check_length
 from tasks.protocol import Task
 from training.batches import Batching
 from training.dropout import use_fast_dropout
@@ -24,7 +25,6 @@ from training.lora import add_lora
 from training.models import (
     ARCHITECTURE,
     Loaded,
-    check_length,
     compare_vocabularies,
     load_config,
     load_model,
@@ -98,8 +98,8 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
         loaded = join_encoders(str(config.model.name), task.tokenizer, **_where(config))
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
-    check_length(loaded.model, config.model.max_length)
-    task.check_model(loaded.model)
+    check_length(loaded.model, **{"model.max_length": config.model.max_length})
+    task.prepare_model(loaded.model)
     return loaded
 
 

@@ -52,17 +52,10 @@ def inputs(batch: Batch) -> dict[str, Any]:
     return {"input_ids": batch["input_ids"], other: batch[other], "use_cache": False}
 
 
-def answer(
-    model: nn.Module,
-    batch: Batch,
-    tokenizer: PreTrainedTokenizerBase,
-    options: DecodingOptions,
-    *,
-    ends: Sequence[int] = (),
-) -> Tensor:
-    """What the model says after each prompt (BG); ``ends`` as in ``generate``."""
+def answer(model: nn.Module, batch: Batch, tokenizer: PreTrainedTokenizerBase, options: DecodingOptions) -> Tensor:
+    """What the model says after each prompt (BG)."""
     prompts = pad_left(batch["input_ids"], batch["prompt_length"], padding_id(tokenizer))
-    return generate(model, prompts, tokenizer, options, ends=ends)
+    return generate(model, prompts, tokenizer, options)
 
 
 def check_causal(model: nn.Module) -> None:

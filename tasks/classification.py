@@ -120,7 +120,7 @@ class Classification:
             if "label" in row:
                 self._target(row["label"], where=f"{where}, row {i}")
 
-    def check_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 
     def model_kwargs(self) -> dict[str, Any]:

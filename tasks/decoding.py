@@ -26,8 +26,6 @@ def generate(
     inputs: Batch,
     tokenizer: PreTrainedTokenizerBase,
     options: DecodingOptions,
-    *,
-    ends: Sequence[int] = (),
     **special: int | None,
 ) -> Tensor:
     """Continue each input, or answer it; the most likely tokens, never sampled.
@@ -35,7 +33,6 @@ def generate(
     Args:
         model: Without a wrapper of data parallelism.
         inputs: ``input_ids`` and ``attention_mask``; for a decoder-only model padded on the left (``pad_left``).
-        ends: Tokens that end an answer, beside the usual ones (``end_ids``).
         special: Further token ids of ``GenerationConfig``, such as ``forced_bos_token_id``.
 
     Returns:
@@ -47,7 +44,7 @@ def generate(
         min_length=0,
         do_sample=False,
         pad_token_id=padding_id(tokenizer),
-        eos_token_id=sorted({*end_ids(model, tokenizer), *ends}),
+        eos_token_id=end_ids(model, tokenizer),
         **{name: token for name, token in special.items() if token is not None},
     )
     ids = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
@@ -82,6 +79,12 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token, or where there is none (GPT-2) that which ends a text: it is masked out anyway."""
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(token or 0)
+
+
+def end_with(model: nn.Module, tokenizer: PreTrainedTokenizerBase, token: int) -> None:
+    """Let answers end at this token too, here and wherever the model is used later: it is saved with the model."""
+    config: Any = model.generation_config
+    config.eos_token_id = sorted({*end_ids(model, tokenizer), token})
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from heedful import UserError
 from tasks import causal
 from tasks.batching import IGNORED
-from tasks.decoding import described, to_texts
+from tasks.decoding import described, end_with, to_texts
 from tasks.lm_loss import likelihoods, next_tokens, scored
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import GenerationOptions
 from tasks.packing import keeps_apart, pack
+from tasks.positions import check_length
 from tasks.prompts import Piece, answer_end, chat_pieces, completion_pieces, render, start_ids, tokenize_pieces
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
 from tasks.windows import plan_windows
@@ -120,14 +121,19 @@ class Generation:
             if "messages" in row:
                 _check_chat(row["messages"], where=f"{where}, row {i}")
 
-    def check_model(self, model: nn.Module) -> None:
-        """Try out whether the model looks back only, and keeps packed texts apart.
+    def prepare_model(self, model: nn.Module) -> None:
+        """Try out whether the model looks back only, and keeps packed texts apart; let it end its turn in a chat.
 
         Raises:
-            UserError: It sees what it is to predict, or does not look at the positions: one text would be learned with
-                another before it.
+            UserError: It sees what it is to predict, does not look at the positions (one text would be learned with
+                another before it), or has too few of them for a prompt and its answer.
         """
         causal.check_causal(model)
+        if self.form != "text":
+            answer = {"generation.decoding.max_new_tokens": self.options.decoding.max_new_tokens}
+            check_length(model, **{"model.max_length": self.max_length}, **answer)
+        if self.form == "chat":
+            end_with(model, self.tokenizer, answer_end(self.tokenizer))
         if self.packing and not keeps_apart(model):
             raise UserError(
                 f"{type(model).__name__} lets packed texts see each other",
@@ -182,8 +188,7 @@ class Generation:
         labels_BT = next_tokens(batch["labels"])
         answers = {"row": batch["row"], **likelihoods(model, causal.inputs(batch), labels_BT)}
         if "prompt_length" in batch:
-            ends = [answer_end(self.tokenizer)] if self.form == "chat" else []
-            answers["generated"] = causal.answer(model, batch, self.tokenizer, self.options.decoding, ends=ends)
+            answers["generated"] = causal.answer(model, batch, self.tokenizer, self.options.decoding)
         return answers
 
     def decode(self, predictions: Sequence[Prediction], rows: Rows) -> list[Output]:

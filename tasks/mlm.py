@@ -76,7 +76,7 @@ class Mlm:
     def check(self, rows: Rows, *, where: str) -> None:
         """Any text will do."""
 
-    def check_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 
     def model_kwargs(self) -> dict[str, Any]:

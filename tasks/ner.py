@@ -116,7 +116,7 @@ class Ner:
         for i, row in tagged:
             self._check_row(row["tokens"], row["tags"], where=f"{where}, row {i}")
 
-    def check_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 
     def model_kwargs(self) -> dict[str, Any]:

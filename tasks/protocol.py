@@ -73,8 +73,11 @@ class Task(Protocol):
     def check(self, rows: Rows, *, where: str) -> None:
         """Refuse rows that this task, as built, can not score (labels unseen in training, broken spans, ...)."""
 
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that this task would train wrongly, by trying it out; called before anything is trained."""
+    def prepare_model(self, model: nn.Module) -> None:
+        """Refuse a model that this task would train wrongly, by trying it out, and tell it what its answers end with.
+
+        Called once, before anything is trained.
+        """
 
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments for ``auto_class.from_pretrained``: ``num_labels``, ``id2label``, ..."""

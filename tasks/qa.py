@@ -103,7 +103,7 @@ class Qa:
             if "answers" in row:
                 self._check_answers(row, where=f"{where}, row {i}")
 
-    def check_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 
     def model_kwargs(self) -> dict[str, Any]:

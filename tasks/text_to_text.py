@@ -23,6 +23,7 @@ from tasks.metrics import resampling
 from tasks.metrics.bleu.bleu import signatures
 from tasks.metrics.loading import load_metric
 from tasks.options import TextToTextOptions, TranslationOptions
+from tasks.positions import check_length
 from tasks.prompts import completion_pieces, tokenize_pieces
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
 
@@ -88,33 +89,22 @@ class TextToText:
                 model, or no token to begin or to end an answer with.
         """
         _check_languages(tokenizer, options)
+        _check_source_settings(options, encoder_decoder=model_config.is_encoder_decoder)
         logger.info("decoding: %s", described(options.decoding))
         if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
             raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
         if isinstance(options, TranslationOptions):
             logger.info("scored by sacrebleu: %s", "; ".join(signatures(options.tokenize)))
-        if not model_config.is_encoder_decoder:
-            if options.source_prefix:
-                raise UserError(
-                    f"{options.source_prefix!r} for a decoder-only model",
-                    where="source_prefix",
-                    fix="write it into prompt_template",
-                )
-            logger.info("a decoder-only model: each source is put as %r", options.prompt_template)
-            task = cls(tokenizer, max_length, None, options)
-            if task._source_room() < 1:
-                raise UserError(
-                    f"a prompt_template that leaves no room for a source in model.max_length={max_length}",
-                    where=f"{task.name}.prompt_template",
-                    fix="raise model.max_length",
-                )
-            return task
-        task = cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
-        prefixes = getattr(model_config, "task_specific_params", None) or {}
-        if model_config.model_type == "t5" and not options.source_prefix and prefixes:
-            known = ", ".join(repr(p["prefix"]) for p in prefixes.values() if "prefix" in p)
-            logger.warning(
-                "! this T5 was trained with prefixes (%s) and none is set: %s.source_prefix", known, task.name
+        if model_config.is_encoder_decoder:
+            _suggest_prefix(model_config, options)
+            return cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
+        logger.info("a decoder-only model: each source is put as %r", options.prompt_template)
+        task = cls(tokenizer, max_length, None, options)
+        if task._source_room() < 1:
+            raise UserError(
+                f"a prompt_template that leaves no room for a source in model.max_length={max_length}",
+                where=f"{task.name}.prompt_template",
+                fix="raise model.max_length",
             )
         return task
 
@@ -128,14 +118,19 @@ class TextToText:
             if not row["source"].strip():
                 raise UserError("an empty source", where=f"{where}, row {i}", fix="leave the row out")
 
-    def check_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """Any encoder-decoder will do; what continues a prompt must look back only.
 
         Raises:
-            UserError: It sees what it is to predict.
+            UserError: It sees what it is to predict, or has too few positions for what it is to write.
         """
+        before: dict[str, int] = {}
         if self.decoder_start is None:
             causal.check_causal(model)
+            before = {"model.max_length": self.max_length}
+        check_length(model, **before, **{f"{self.name}.max_target_length": self.options.max_target_length})
+        answer = {f"{self.name}.decoding.max_new_tokens": self.options.decoding.max_new_tokens}
+        check_length(model, **before, **answer)
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the head is the checkpoint's."""
@@ -273,15 +268,25 @@ class TextToText:
 
     def _cut(self, texts: Sequence[str], room: int) -> list[str]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [
-            text if len(offsets) <= room else text[: offsets[room - 1][1]]
-            for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)
-        ]
+        ends = [_end(offsets, room) for offsets in encoded["offset_mapping"]]
+        return [text[:end] for text, end in zip(texts, ends, strict=True)]
 
     def _sizes(self, texts: Sequence[str]) -> list[int]:
         if not texts:
             return []
         return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _end(offsets: Sequence[tuple[int, int]], room: int) -> int | None:
+    """Where to cut a text of these tokens so that ``room`` of them hold it; None keeps it whole.
+
+    Several tokens may share one character, such as an emoji: it is left out rather than cut through.
+    """
+    if len(offsets) <= room:
+        return None
+    while room and offsets[room][0] < offsets[room - 1][1]:
+        room -= 1
+    return offsets[room - 1][1] if room else 0
 
 
 def _texts(outputs: Sequence[Output]) -> list[str]:
@@ -292,6 +297,25 @@ def _languages(options: TextToTextOptions) -> dict[str, str]:
     if not isinstance(options, TranslationOptions) or options.source_lang is None or options.target_lang is None:
         return {}
     return {"src_lang": options.source_lang, "tgt_lang": options.target_lang}
+
+
+def _check_source_settings(options: TextToTextOptions, *, encoder_decoder: bool) -> None:
+    """Refuse the setting that the other kind of model takes its sources by."""
+    idle, useful = ("prompt_template", "source_prefix") if encoder_decoder else ("source_prefix", "prompt_template")
+    # By value, not by model_fields_set: a resolved configuration writes every default out.
+    if (value := getattr(options, idle)) != type(options).model_fields[idle].default:
+        raise UserError(
+            f"{idle}={value!r} has no effect on {'an encoder-decoder' if encoder_decoder else 'a decoder-only model'}",
+            fix=f"write it into {useful}",
+        )
+
+
+def _suggest_prefix(model_config: PreTrainedConfig, options: TextToTextOptions) -> None:
+    """Say that a T5 was trained with prefixes, where none is set."""
+    prefixes = getattr(model_config, "task_specific_params", None) or {}
+    if model_config.model_type == "t5" and not options.source_prefix and prefixes:
+        known = ", ".join(repr(p["prefix"]) for p in prefixes.values() if "prefix" in p)
+        logger.warning("! this T5 was trained with prefixes (%s) and source_prefix is not set", known)
 
 
 def _check_languages(tokenizer: PreTrainedTokenizerBase, options: TextToTextOptions) -> None:

@@ -41,7 +41,7 @@ class Stars:
             if row["label"] not in {"1", "2", "3", "4", "5"}:
                 raise UserError(f"{row['label']!r} stars", where=f"{where}, row {row['row'] + 1}", expected="1 to 5")
 
-    def check_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         return None
 
     def model_kwargs(self) -> dict[str, Any]:

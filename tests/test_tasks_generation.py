@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_families import DECODERS, TEXTS, make_decoder_tokenizer, make_model
 from tiny_text import make_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from heedful import UserError
 from tasks.generation import Generation
@@ -66,7 +66,7 @@ def test_the_packed_loss_is_that_of_each_text_alone(family, training, tokenizer)
     rows = table(text=[*TEXTS, "a", "the cat " * 12])
     model = make_model(family, AutoModelForCausalLM, dropout=False, initializer_range=0.3).train(training)
     packed, plain = (build(tokenizer, rows, packing=packing) for packing in (True, False))
-    packed.check_model(model)
+    packed.prepare_model(model)
     batches = [task.collate(encoded(task, rows)) for task in (packed, plain)]
     losses = [task.loss(model, batch) for task, batch in zip((packed, plain), batches, strict=True)]
     assert len(batches[0]["row"]) < len(batches[1]["row"])
@@ -108,8 +108,8 @@ def test_a_model_that_packs_badly_is_refused(tokenizer):
     rows = table(text=TEXTS)
     model = Blind(make_model("llama", AutoModelForCausalLM, initializer_range=0.3))
     with pytest.raises(UserError, match=r"generation.packing=false"):
-        build(tokenizer, rows).check_model(model)
-    build(tokenizer, rows, packing=False).check_model(model)
+        build(tokenizer, rows).prepare_model(model)
+    build(tokenizer, rows, packing=False).prepare_model(model)
 
 
 @given(
@@ -165,16 +165,28 @@ def test_the_prompt_is_tokenized_as_it_will_be_without_its_answer(border, tokeni
     assert prompt == tokenizer(text[:border])["input_ids"]
 
 
-def test_an_answer_ends_with_the_token_that_ends_a_turn():
+def test_an_answer_ends_with_the_token_that_ends_a_turn(tmp_path):
     """A base model's tokenizer may have a chat template whose turns end otherwise than its texts."""
     tokenizer = make_decoder_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("[SEP]", "[UNK]")
     assert answer_end(tokenizer) == tokenizer.convert_tokens_to_ids("[UNK]") != tokenizer.eos_token_id
     rows, model = table(messages=[CHAT]), make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
-    task = build(tokenizer, rows, max_length=64, decoding={"max_new_tokens": 8})
+    task = build(tokenizer, rows, max_length=56, decoding={"max_new_tokens": 8})
+    task.prepare_model(model)
+    model.save_pretrained(tmp_path)
+    stored = GenerationConfig.from_pretrained(tmp_path)  # what pipeline() and generate() go by
+    assert {tokenizer.eos_token_id, answer_end(tokenizer)} <= set(stored.eos_token_id)
     model.lm_head.bias = torch.nn.Parameter(1e3 * torch.eye(400)[answer_end(tokenizer)])  # it says nothing else
     batch = task.collate(encoded(task, rows, training=False))
     assert task.predict(model, batch)["generated"].shape[1] == 1
+
+
+def test_a_prompt_and_its_answer_fit_into_the_positions(tokenizer):
+    model = make_model("gpt2", AutoModelForCausalLM)
+    build(tokenizer, table(**PAIRS), max_length=56, decoding={"max_new_tokens": 8}).prepare_model(model)
+    build(tokenizer, table(text=TEXTS), max_length=64).prepare_model(model)  # a text is only read
+    with pytest.raises(UserError, match=r"57 \+ generation.decoding.max_new_tokens=8"):
+        build(tokenizer, table(**PAIRS), max_length=57, decoding={"max_new_tokens": 8}).prepare_model(model)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):

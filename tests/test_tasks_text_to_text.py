@@ -129,6 +129,30 @@ def test_a_long_source_is_cut_inside_its_prompt_and_counted():
     assert account["source_tokens_lost"] > 0 < account["target_tokens_lost"]
 
 
+@pytest.mark.parametrize("room", range(36, 42))
+def test_a_source_is_never_cut_through_a_character(room):
+    tokenizer = make_decoder_tokenizer()  # byte-level: four tokens a face
+    config = make_model("llama", transformers.AutoModelForCausalLM).config
+    task, rows = build(tokenizer, config, max_length=room), table(source=["😀" * 30])
+    (example,) = encoded(task, rows, training=False)
+    assert example["prompt_length"] <= room
+    assert "\ufffd" not in tokenizer.decode(example["input_ids"])
+
+
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_what_is_read_and_written_fits_into_the_positions(family, tokenizer):
+    decoder = family == "gpt2"
+    auto_class = transformers.AutoModelForCausalLM if decoder else transformers.AutoModelForSeq2SeqLM
+    model = make_model(family, auto_class)
+    for options in ({"max_target_length": 65}, {"decoding": {"max_new_tokens": 65}}):
+        task = build(make_decoder_tokenizer() if decoder else tokenizer, model.config, SummarizationOptions(**options))
+        with pytest.raises(UserError, match="at most 64"):
+            task.prepare_model(model)
+    options = {"max_target_length": 32, "decoding": {"max_new_tokens": 32}}
+    task = build(make_decoder_tokenizer() if decoder else tokenizer, model.config, SummarizationOptions(**options))
+    task.prepare_model(model)
+
+
 @pytest.mark.parametrize("kind", ["rouge", "bleu"])
 def test_scores_and_their_resampled_form(kind, tokenizer):
     options = TranslationOptions() if kind == "bleu" else SummarizationOptions()
@@ -181,12 +205,11 @@ def test_faults_of_the_user_are_named(tokenizer):
         build(tokenizer, config).check(table(source=["a", " "]), where="data.train")
     with pytest.raises(UserError, match="decoder_start_token_id"):
         build(tokenizer, make_config("bart", decoder_start_token_id=None))
-    with pytest.raises(UserError, match="prompt_template"):
-        build(
-            tokenizer,
-            make_model("llama", transformers.AutoModelForCausalLM).config,
-            SummarizationOptions(source_prefix="summarize: "),
-        )
+    decoder = make_model("llama", transformers.AutoModelForCausalLM).config
+    with pytest.raises(UserError, match=r"source_prefix='summarize: ' has no effect on a decoder-only model"):
+        build(tokenizer, decoder, SummarizationOptions(source_prefix="summarize: "))
+    with pytest.raises(UserError, match=r"prompt_template='{source} tl;dr' has no effect on an encoder-decoder"):
+        build(tokenizer, config, SummarizationOptions(prompt_template="{source} tl;dr"))
     with pytest.raises(ValueError, match="source"):
         SummarizationOptions(prompt_template="no place")
 

@@ -27,7 +27,7 @@ lengths_of = sizes.flatmap(lambda n: st.lists(st.integers(1, 40), min_size=n, ma
 
 
 def collate(rows):
-    return {"row": torch.tensor([row["row"] for row in rows])}
+    return {"row": torch.tensor([row["row"] for row in rows]), "draw": torch.tensor([row["draw"] for row in rows])}
 
 
 def make_steps(lengths, batching, *, epoch=0):
@@ -36,7 +36,7 @@ def make_steps(lengths, batching, *, epoch=0):
         micro_batches(rank_share(batch, lengths, rank=0, world_size=1), lengths, batching)
         for batch in epoch_batches(lengths, batching, epoch=epoch)
     ]
-    return EpochSteps(features, collate, plan, draw=(0, 0))
+    return EpochSteps(features, collate, plan, draw=(batching.seed, epoch))
 
 
 def rows_of(steps):
@@ -50,6 +50,11 @@ def test_every_example_once_an_epoch(lengths, batch_size, strategy, seed, epoch)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert len(batches) == batching.steps_per_epoch(len(lengths))
     assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
+
+
+def test_each_example_is_told_seed_and_epoch():
+    steps = make_steps(np.array([3, 1, 2]), Batching(2, seed=7, micro_batch_size=1), epoch=5)
+    assert [batch["draw"].tolist() for k in range(len(steps)) for batch in steps[k]] == [[[7, 5]]] * 3
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

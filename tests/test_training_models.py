@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, TEXTS, make_model, save_body
+from tiny_families import FAMILIES, TEXTS, save_body
 from tiny_text import make_tokenizer
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -17,11 +17,9 @@ from transformers import (
 from heedful import UserError
 from training.checkpoints import write_whole
 from training.models import (
-    check_length,
     compare_vocabularies,
     load_model,
     load_tokenizer,
-    max_positions,
     new_config,
     new_model,
 )
@@ -211,45 +209,6 @@ def test_another_tasks_head_is_left_out_and_said(with_head):
     loaded = load_model(AutoModelForQuestionAnswering, with_head, num_labels=2)
     assert loaded.new == ("qa_outputs.bias", "qa_outputs.weight")
     assert {"classifier.bias", "classifier.weight"} <= set(loaded.unused)
-
-
-def can_run(model, length):
-    try:
-        with torch.no_grad():
-            model(torch.full((1, length), 5))
-    except (RuntimeError, IndexError):
-        return False
-    return True
-
-
-LIMITS = {"bert": 64, "roberta": 62, "distilbert": 64, "electra": 64, "albert": 64, "modernbert": 64}
-LIMITS["deberta-v2"] = None  # relative positions
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_max_positions_is_what_the_model_can_run(family):
-    model = make_model(family, transformers.AutoModel)
-    limit = max_positions(model)
-    assert limit == LIMITS[family]
-    assert can_run(model, limit or 200)
-    if family not in {"deberta-v2", "modernbert"}:  # rotary positions go on beyond, into what was never trained
-        assert not can_run(model, limit + 1)
-
-
-def test_deberta_with_absolute_positions_is_bounded():
-    model = make_model("deberta-v2", transformers.AutoModel, position_biased_input=True)
-    assert max_positions(model) == 64
-    assert can_run(model, 64)
-    assert not can_run(model, 65)
-
-
-def test_windows_longer_than_the_positions_are_refused():
-    model = make_model("roberta", AutoModelForTokenClassification)
-    check_length(model, 62)
-    message = refusal(model, 63, load=check_length)
-    assert "model.max_length=63" in message
-    assert "at most 62" in message
-    check_length(make_model("deberta-v2", transformers.AutoModel), 5000)
 
 
 TINY = {

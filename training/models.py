@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -298,30 +297,6 @@ def _config_class(model_type: Any) -> type[PreTrainedConfig]:
             expected="a single model of text, e.g. bert, distilbert, t5, bart, gpt2",
         )
     return config_class
-
-
-def check_length(model: nn.Module, max_length: int, *, where: str = "model.max_length") -> None:
-    """Refuse windows longer than the model has positions for.
-
-    Raises:
-        UserError: Torch would only say that an index is out of range, in the middle of a run.
-    """
-    limit = max_positions(model)
-    if limit is not None and max_length > limit:
-        raise UserError(
-            f"{where}={max_length}", expected=f"at most {limit}, the positions of this model", fix=f"{where}={limit}"
-        )
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence that the model can encode, special tokens included; None where nothing bounds it."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1, so its table of 514 rows serves 512 tokens.
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - offset
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    return None if getattr(config, "relative_attention", False) else getattr(config, "max_position_embeddings", None)
 
 
 def supports_bf16(device: torch.device) -> bool:
