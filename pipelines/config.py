@@ -133,6 +133,8 @@ class TrainSection(Section):
     logging_steps: int = Field(default=25, ge=1)
     eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
     eval_steps: int | None = Field(default=None, ge=1)
+    eval_on_start: bool = False
+    """Score the untrained model too, on validation and test, to show what training changed."""
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
     save_steps: int | None = Field(default=None, ge=1)
     save_total_limit: int = Field(default=2, ge=1)

@@ -5,6 +5,8 @@ seed -> tokenizer -> data (audited) -> model -> LoRA -> optimizer -> accelerator
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from pipelines.preparation import (
 )
 from pipelines.report import learned_tokens, show_end
 from pipelines.runs import Run
-from pipelines.scoring import evaluate_split
+from pipelines.scoring import evaluate_split, score_baseline
 from sources.audit import Audit, audit, check, summary
 from sources.readers import fingerprint
 from tasks import TASKS
@@ -102,6 +104,9 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
             intervals=intervals,
         )
 
+    before = score_before(
+        run, data, trainee, console, score=score if config.train.eval_on_start else None, position=position
+    )
     position = train(
         trainee,
         features["train"],
@@ -116,6 +121,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     metrics = {split: score(split, intervals=True) for split in features if split != "train"}
     if accelerator.is_main_process:
         finish(run, config, trainee, features["train"], metrics, console)
+        show_end(console, metrics, before, folder=str(run.folder), task=task.name)
     accelerator.wait_for_everyone()
     return run.folder
 
@@ -226,6 +232,33 @@ def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: dict[str, str
     return position
 
 
+def score_before(
+    run: Run,
+    data: Prepared,
+    trainee: Trainee,
+    console: Console,
+    *,
+    score: Callable[[str], dict[str, Any]] | None,
+    position: Position,
+) -> dict[str, dict[str, Any]]:
+    """What the model has to beat on each split: a simple rule and, if ``score`` is given, itself before training.
+
+    A run that goes on shows what its beginning found.
+    """
+    if position.step:
+        return json.loads(run.baselines.read_text(encoding="utf-8")) if run.baselines.is_file() else {}
+    task, splits = trainee.task, [split for split in data.rows if split != "train"]
+    untrained = {split: {"untrained": score(split)} for split in splits} if score else {}
+    if not trainee.accelerator.is_main_process:
+        return untrained
+    found = {s: score_baseline(task, data.rows["train"], data.rows[s]) | untrained.get(s, {}) for s in splits}
+    for split, rules in found.items():
+        for name, metrics in rules.items():
+            tell(console, f"{split}, {name}: {task.headline} {metrics[task.headline]:.4f}")
+    write_json(run.baselines, found)
+    return found
+
+
 def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Console) -> Tracker:
     """The main process's tracker; the others' record nothing."""
     main = trainee.accelerator.is_main_process
@@ -254,4 +287,3 @@ def finish(
     write_json(run.metrics, metrics)
     for name, difference in differences.items():
         tell(console, f"reloaded {name}/: logits within {difference:.1e} of the trained model's")
-    show_end(console, metrics, folder=str(run.folder), task=task.name)

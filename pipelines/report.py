@@ -18,16 +18,23 @@ Metrics = Mapping[str, Mapping[str, float | list[float]]]
 PREVIEW_TOKENS = 200
 
 
-def metrics_table(metrics: Metrics) -> Table:
-    """One row a split and metric, with its interval. Metrics of single classes stay in metrics.json."""
-    table = Table("split", "metric", "value", "95 % interval", title="metrics")
+def metrics_table(metrics: Metrics, before: Mapping[str, Metrics] | None = None) -> Table:
+    """One row a split and metric, with its interval. Metrics of single classes stay in metrics.json.
+
+    Args:
+        before: For each split what else was scored on it, by name, each a column: a simple rule, the untrained model.
+    """
+    others = list(dict.fromkeys(name for rules in (before or {}).values() for name in rules))
+    table = Table("split", "metric", "value", "95 % interval", *others, title="metrics")
     for split, values in metrics.items():
         for name, value in values.items():
             if isinstance(value, list) or name.startswith("f1_"):
                 continue
             interval = values.get(f"{name}_ci95")
             shown = f"{interval[0]:.4f} - {interval[1]:.4f}" if isinstance(interval, list) else ""
-            table.add_row(split, name, f"{value:.4f}", shown)
+            rules = (before or {}).get(split, {})
+            scores = [rules.get(other, {}).get(name) for other in others]
+            table.add_row(split, name, f"{value:.4f}", shown, *(f"{s:.4f}" if s is not None else "" for s in scores))
     return table
 
 
@@ -50,9 +57,9 @@ def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
     return text
 
 
-def show_end(console: Console, metrics: Metrics, *, folder: str, task: str) -> None:
+def show_end(console: Console, metrics: Metrics, before: Mapping[str, Metrics], *, folder: str, task: str) -> None:
     """The end of a run: the figures, where everything is, and what to do next."""
-    console.print(metrics_table(metrics))
+    console.print(metrics_table(metrics, before))
     model = shlex.quote(f"{folder}/model")
     console.print(
         f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={model}"

@@ -59,6 +59,11 @@ class Run:
         """The final evaluation."""
         return self.folder / "metrics.json"
 
+    @property
+    def baselines(self) -> Path:
+        """What the model has to beat: a simple rule, and itself before training."""
+        return self.folder / "baselines.json"
+
     def open_(self, config: RunConfig, manifest: Mapping[str, Any], audit: Mapping[str, Any]) -> None:
         """Create the folder and say in it what will run."""
         self.folder.mkdir(parents=True, exist_ok=True)

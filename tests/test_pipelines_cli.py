@@ -63,11 +63,21 @@ def test_finetune_leaves_what_the_contract_names(project, cli_run):
     low, high = metrics["accuracy_ci95"]
     assert low <= metrics["accuracy"] <= high
     assert len((run / "history.jsonl").read_text().splitlines()) == 3  # two steps and one evaluation
+    assert json.loads((run / "baselines.json").read_text())["validation"]["always a"]["accuracy"] == 0.5
     assert (run / "checkpoints/step-2/MANIFEST.json").is_file()
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["data"].keys() == {"train", "validation"}
     classifier = pipeline("text-classification", model=str(run / "model"))
     assert classifier("the cat sat")[0]["label"] in {"a", "b"}
+
+
+def test_the_untrained_model_is_scored_too(project, cli_run):
+    """A learning rate that moves nothing leaves the score where it was."""
+    code, _, log = cli_run("finetune", "run.yaml", "train.eval_on_start=true", "train.learning_rate=1e-30")
+    assert code == 0, log
+    before, after = (json.loads(Path(f"runs/run/{n}.json").read_text())["validation"] for n in ("baselines", "metrics"))
+    assert before["untrained"] == {name: value for name, value in after.items() if not name.endswith("_ci95")}
+    assert "validation, untrained: accuracy" in log
 
 
 @pytest.mark.parametrize("task", TASKS)

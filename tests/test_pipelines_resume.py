@@ -32,6 +32,7 @@ def config(tmp_path_factory):
             "logging_steps": 1,
             "save_steps": 4,
             "eval_steps": 5,
+            "eval_on_start": True,
             "learning_rate": 1e-3,
             "warmup_steps": 3,
         },
@@ -68,6 +69,7 @@ def facts(folder):
     return (
         lines,
         json.loads((folder / "metrics.json").read_text()),
+        json.loads((folder / "baselines.json").read_text()),
         json.loads((folder / "model/MANIFEST.json").read_text()),
     )
 

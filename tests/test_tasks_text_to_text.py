@@ -144,7 +144,7 @@ def test_what_is_read_and_written_fits_into_the_positions(family, tokenizer):
     decoder = family == "gpt2"
     auto_class = transformers.AutoModelForCausalLM if decoder else transformers.AutoModelForSeq2SeqLM
     model = make_model(family, auto_class)
-    for options in ({"max_target_length": 65}, {"decoding": {"max_new_tokens": 65}}):
+    for options in ({"max_target_length": 65}, {"max_target_length": 16, "decoding": {"max_new_tokens": 65}}):
         task = build(make_decoder_tokenizer() if decoder else tokenizer, model.config, SummarizationOptions(**options))
         with pytest.raises(UserError, match="at most 64"):
             task.prepare_model(model)

@@ -25,7 +25,7 @@ from training import checkpoints
 from training.batches import Batching, examples
 from training.checkpoints import Position
 from training.evaluation import predict
-from training.loop import Schedule, Stopped, Trainee, _save, _updates, run_update, seed_step, train
+from training.loop import Schedule, Stopped, Trainee, _save, _updates, note_score, run_update, seed_step, train
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from training.tracking import Tracker
 
@@ -394,6 +394,14 @@ def test_a_run_without_evaluation_saves_its_end(tmp_path):
     course = Course(tmp_path)
     assert course.run().best_step is None
     assert course.left == ["step-8"]
+
+
+@pytest.mark.parametrize(("headline", "best"), [("accuracy", 2), ("perplexity", 4), ("mse", 4)])
+def test_what_is_better_depends_on_the_metric(headline, best):
+    schedule, position = Schedule(8, headline, eval_every=2, save_every=None, keep=1), Position()
+    for position.step, score in [(2, 9.0), (4, 5.0), (6, 7.0), (8, float("nan"))]:
+        note_score(position, schedule, score)
+    assert position.best_step == best
 
 
 @pytest.mark.parametrize(
