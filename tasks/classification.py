@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from heedful import UserError
 from tasks.batching import model_inputs, pad_batch
+from tasks.fitting import require_fast
 from tasks.labels import ProblemType, find_labels, find_problem_type, read_label, weigh_classes
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
@@ -292,6 +293,5 @@ def _check_windows(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length
     where = "classification.long_documents"
     if "text_pair" in rows[0]:
         raise UserError("windows over a pair of texts", where=where, expected="a single text", fix="use truncate")
-    if not tokenizer.is_fast:
-        raise UserError("windows with a slow tokenizer", where=where, expected="a fast tokenizer", fix="use truncate")
+    require_fast(tokenizer)
     window_room(tokenizer, max_length, stride=stride)

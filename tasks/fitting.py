@@ -74,5 +74,20 @@ def pad_as(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None
         tokenizer.padding_side = "right"
 
 
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that does not tell where in the text its tokens are; only Marian's has no fast version.
+
+    Raises:
+        UserError: It is a slow one.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__}, a slow tokenizer, which does not tell where in the text its tokens are",
+            where="model.name",
+            expected="a fast tokenizer",
+            fix="use a checkpoint with a tokenizer.json",
+        )
+
+
 def _article(kind: str) -> str:
     return f"{'an' if kind.startswith('e') else 'a'} {kind}"

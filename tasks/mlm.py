@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from heedful import UserError
 from tasks.batching import IGNORED, NO_WORD, model_inputs, pad_batch
+from tasks.fitting import require_fast
 from tasks.lm_loss import likelihoods, scored, summed_loss
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
@@ -64,8 +65,9 @@ class Mlm:
         """Nothing of it depends on the rows.
 
         Raises:
-            UserError: A tokenizer without a mask or a padding token.
+            UserError: A slow tokenizer, or one without a mask or a padding token.
         """
+        require_fast(tokenizer)
         for token in ("mask_token", "pad_token"):
             if getattr(tokenizer, token) is None:
                 raise UserError(

@@ -23,6 +23,7 @@ from transformers import AutoModelForTokenClassification, BatchEncoding
 
 from heedful import UserError
 from tasks.batching import IGNORED, NO_WORD, model_inputs, pad_batch
+from tasks.fitting import require_fast
 from tasks.metrics import counts
 from tasks.metrics.loading import load_metric
 from tasks.metrics.ner.ner import entities
@@ -99,6 +100,7 @@ class Ner:
             raise UserError("no entity in any row", where=where, expected="tags other than O", fix="check data.columns")
         labels = ("O", *sorted(f"{prefix}-{kind}" for prefix in "BI" for kind in types))
         logger.info("tag scheme %s (%s); entity types: %s", scheme, finding, ", ".join(sorted(types)))
+        require_fast(tokenizer)
         window_room(tokenizer, max_length, stride=stride)
         word_prefix(tokenizer)
         task = cls(tokenizer, max_length, stride, labels, scheme, options.strict)

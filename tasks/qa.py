@@ -20,6 +20,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from heedful import UserError
 from tasks.batching import model_inputs, pad_batch
+from tasks.fitting import require_fast
 from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import QaOptions
@@ -81,13 +82,7 @@ class Qa:
         Raises:
             UserError: A slow tokenizer, windows that would not move forward, or as ``check``.
         """
-        if not tokenizer.is_fast:
-            raise UserError(
-                "a slow tokenizer, which does not tell where in the text its tokens are",
-                where="model.name",
-                expected="a fast tokenizer",
-                fix="use a checkpoint with a tokenizer.json",
-            )
+        require_fast(tokenizer)
         window_room(tokenizer, max_length, stride=stride, pair=True)
         task = cls(tokenizer, max_length, stride, **options.model_dump())
         task.check(rows, where="data.train")

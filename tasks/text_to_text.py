@@ -18,6 +18,7 @@ from heedful import UserError
 from tasks import causal
 from tasks.batching import IGNORED, model_inputs, pad_batch
 from tasks.decoding import described, generate, to_texts
+from tasks.fitting import require_fast
 from tasks.lm_loss import summed_loss
 from tasks.metrics import resampling
 from tasks.metrics.bleu.bleu import signatures
@@ -98,6 +99,7 @@ class TextToText:
         if model_config.is_encoder_decoder:
             _suggest_prefix(model_config, options)
             return cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
+        require_fast(tokenizer)
         logger.info("a decoder-only model: each source is put as %r", options.prompt_template)
         task = cls(tokenizer, max_length, None, options)
         if task._source_room() < 1:

@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_families import make_masking_tokenizer, make_rows, save_body
+from tiny_families import make_masking_tokenizer, make_rows, save_body, save_marian
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
+from heedful import UserError
 from tasks import TASKS
+from tasks.fitting import require_fast
 
 ROOT = Path(__file__).parent.parent
 HEADER = "text,label\n"
@@ -113,6 +115,25 @@ def test_a_plan_says_what_a_run_needs_and_writes_nothing(task, project, cli_run)
         word in log for word in ("parameters", "activations", "largest micro-batch that fits", "2 of 4 examples")
     )
     assert not Path("runs").exists()
+
+
+def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
+    """Its two sides have a SentencePiece model each, so a target that is read as a source would be another text."""
+    save_marian(project / "opus")
+    for name, seed in {"train": 0, "dev": 1}.items():
+        make_rows("translation", 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
+    write_config(task="translation", train="train.jsonl", validation="dev.jsonl")
+    limits = ("translation.decoding.max_new_tokens=8", "translation.max_target_length=32")
+    code, _, log = cli_run("finetune", "run.yaml", "model.name=opus", "lora.r=2", *limits)
+    assert code == 0, log
+    stored = json.loads(Path("runs/run/metrics.json").read_text())["validation"]
+    scores = json.loads(cli_run("evaluate", "runs/run")[1])["validation"]
+    assert scores == {name: pytest.approx(value, rel=1e-6) for name, value in stored.items()}
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in ("opus", "runs/run/model"))
+    for kind in ("text", "text_target"):
+        assert after(**{kind: "the cat sat"})["input_ids"] == before(**{kind: "the cat sat"})["input_ids"]
+    with pytest.raises(UserError, match="MarianTokenizer, a slow tokenizer"):
+        require_fast(before)
 
 
 def test_an_encoder_used_twice_summarizes(project, cli_run):

@@ -1,9 +1,11 @@
 """Tiny random models of the families that the project is tried on, and a folder of one as the Hub would hold it."""
 
+import json
 import random
 from collections import defaultdict
 
 import datasets
+import sentencepiece
 import torch
 import transformers
 from tiny_text import SPECIAL, make_tokenizer
@@ -93,6 +95,29 @@ def make_decoder_tokenizer():
     tokenizer = make_tokenizer("roberta", TEXTS)
     tokenizer.backend_tokenizer.post_processor = ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="[SEP]")
+
+
+def save_marian(folder):
+    """As opus-mt checkpoints are: two SentencePiece models and one vocabulary, which only a slow class reads."""
+    folder.mkdir()
+    pieces = ["</s>", "<unk>"]
+    for side in ("source", "target"):
+        prefix = str(folder / side)
+        texts = iter([text.lower() for text in TEXTS] * 4)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts, model_prefix=prefix, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+        )
+        (folder / f"{side}.model").rename(folder / f"{side}.spm")
+        lines = (folder / f"{side}.vocab").read_text().splitlines()
+        (folder / f"{side}.vocab").unlink()
+        pieces += [piece for piece in (line.split("\t")[0] for line in lines) if piece not in {*pieces, "<s>"}]
+    ids = {piece: i for i, piece in enumerate([*pieces, "<pad>"])}
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    tokens = {"pad_token_id": ids["<pad>"], "eos_token_id": 0, "decoder_start_token_id": ids["<pad>"]}
+    config = make_config("marian", vocab_size=len(ids), **tokens)
+    transformers.MarianMTModel(config).save_pretrained(folder)
+    settings = {"tokenizer_class": "MarianTokenizer", "source_lang": "en", "target_lang": "es"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def make_model(family, auto_class, *, seed=0, **kwargs):

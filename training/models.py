@@ -58,13 +58,13 @@ class Loaded:
 def load_tokenizer(
     name: str, *, own: bool = True, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer.
+    """Load a tokenizer, a fast one where there is one.
 
     Args:
         own: Whether it is for the model of the same name, and so must fit that model's embeddings.
 
     Raises:
-        UserError: No tokenizer files (transformers 5 hands back one of five tokens), no fast tokenizer, or more
+        UserError: No tokenizer files (transformers 5 hands back one of five tokens), or more
             tokens than the model has embeddings.
     """
     _refuse_absent(name, expected="a folder with a tokenizer, or a Hub id" if not own else MODEL_FOLDER)
@@ -82,10 +82,6 @@ def load_tokenizer(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"no tokenizer could be loaded: {_first_line(error)}", where=name) from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{type(tokenizer).__name__} has no fast version", where=name, expected="a tokenizer.json, for offsets"
-        )
     vocab_size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
