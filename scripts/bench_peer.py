@@ -92,7 +92,13 @@ class Section:
 
 
 def run_side(
-    side: str, task: str, overrides: Sequence[str], *options: str, processes: int = 1, cpu: bool = False
+    side: str,
+    task: str,
+    overrides: Sequence[str],
+    *options: str,
+    script: str = "scripts.peer",
+    processes: int = 1,
+    cpu: bool = False,
 ) -> Report:
     """Run one side in a process of its own (or several, through torchrun) and return its report.
 
@@ -102,7 +108,7 @@ def run_side(
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        command = [sys.executable, *launcher, "-m", "scripts.peer", side, _config(task), *overrides]
+        command = [sys.executable, *launcher, "-m", script, side, _config(task), *overrides]
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
         done = subprocess.run(
             [*command, "--out", str(out), *options],
@@ -114,9 +120,9 @@ def run_side(
         if done.returncode:
             raise SystemExit(f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         report: Report = json.loads(out.read_text(encoding="utf-8"))
-    speed, metrics = report["examples_per_second"], report["metrics"]
+    name, speed, metrics = f"{report['task']} {side}", report["tokens_per_second"], report.get("metrics")
     shown = f"  {report['headline']} {metrics[report['headline']]:.4f}" if metrics else ""
-    typer.echo(f"{report['task']} {side} seed {report['seed']}: {speed:.1f} examples/s{shown}", err=True)
+    typer.echo(f"{name} seed {report['seed']}: {speed:.1f} tokens/s{shown}", err=True)
     return report
 
 
@@ -142,6 +148,22 @@ def measure_quality(task: str, settings: Settings) -> Section:
     return Section(f"quality-{_stem(task)}", title, command, reports, quality_tables(reports))
 
 
+def measure_decoding(task: str, settings: Settings) -> Section:
+    """Answers to the test split by the model as it is, in tokens a second."""
+    reports = []
+    for pair, sides in enumerate(_turns(["heedful", "trainer"], settings.pairs)):
+        overrides = (*settings.overrides, f"seed={pair}")
+        reports += [run_side(side, task, overrides, script="scripts.peer_decoding") for side in sides]
+    title = f"Decoding, {_stem(task)}: {settings.pairs} runs"
+    return Section(
+        f"decoding-{_stem(task)}",
+        title,
+        f"decoding --task {task} --pairs {settings.pairs}",
+        reports,
+        decoding_table(reports),
+    )
+
+
 def measure_invariance(task: str, settings: Settings) -> Section:
     """How far one update depends on how its eight examples are shared out; fp32 on the CPU, without dropout."""
     reports = []
@@ -165,6 +187,7 @@ def speed_tables(reports: Sequence[Report]) -> str:
         if side != "heedful":
             ratio = _ratio_row(f"examples/s, heedful / {name}", reports, side, "examples_per_second")
             ratios.append([*ratio, SPEED_TARGETS.get((task, side), "")])
+            ratios.append([*_ratio_row(f"peak memory, heedful / {name}", reports, side, "peak_mib"), ""])
     return "\n\n".join(
         [
             _table(["side", "examples/s (median)", "tokens/s (median)"], medians),
@@ -191,6 +214,13 @@ def quality_tables(reports: Sequence[Report]) -> str:
         + _table(["ratio", "median", "least", "greatest"], [memory])
         + aim
     )
+
+
+def decoding_table(reports: Sequence[Report]) -> str:
+    """Ratios over the plain loop of transformers' examples, run by run."""
+    figures = {"tokens/s": "tokens_per_second", "peak memory": "peak_mib"}
+    rows = [_ratio_row(f"{name}, heedful / plain generate", reports, "trainer", key) for name, key in figures.items()]
+    return _table(["ratio", "median", "least", "greatest"], rows)
 
 
 def invariance_table(reports: Sequence[Report]) -> str:
@@ -234,17 +264,19 @@ class Mode(StrEnum):
     SPEED = "speed"
     INVARIANCE = "invariance"
     QUALITY = "quality"
+    DECODING = "decoding"
 
 
 MEASURES: dict[Mode, Callable[[str, Settings], Section]] = {
     Mode.SPEED: measure_speed,
     Mode.INVARIANCE: measure_invariance,
     Mode.QUALITY: measure_quality,
+    Mode.DECODING: measure_decoding,
 }
 
 
 def main(
-    modes: Annotated[list[Mode] | None, typer.Argument(help="All three, if none is named.")] = None,
+    modes: Annotated[list[Mode] | None, typer.Argument(help="The first three, if none is named.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="ner (if none is named), ..., or a YAML file.")] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Times that each side's speed is measured.")] = 3,
     # The Trainer's sampler sorts within groups of 50 batches: any 50 in a row hold each length in its share.
@@ -260,7 +292,7 @@ def main(
 ) -> None:
     """Measure heedful against transformers' Trainer."""
     settings = Settings(pairs, steps, max(1, steps // 5), seeds, tuple(override or ()), keep)
-    for mode in modes or list(MEASURES):
+    for mode in modes or [Mode.SPEED, Mode.INVARIANCE, Mode.QUALITY]:
         for name in task or ["ner"]:
             section = MEASURES[mode](name, settings)
             facts = circumstances(section, settings)

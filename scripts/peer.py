@@ -31,6 +31,7 @@ from pipelines.scoring import evaluate_split
 from sources.assets import ensure
 from tasks.protocol import Task
 from training.embeddings import restore_embeddings
+from training.lora import add_lora
 from training.models import Loaded, supports_bf16
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ TRAINER_COLUMNS = ("input_ids", "token_type_ids", "label", "labels", "start_posi
 """What of the features the Trainer is given; it takes out by itself what a model's forward does not name."""
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds of a clock, with all work on the GPU done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -55,7 +57,7 @@ class Stopwatch:
     steps: int
     done: int = 0
     tokens: int = 0
-    start: float = field(default_factory=_now)
+    start: float = field(default_factory=now)
     seconds: float = 0.0
     peak_mib: float = 0.0
 
@@ -64,10 +66,10 @@ class Stopwatch:
         self.done += 1
         self.tokens += tokens if self.done > self.warmup else 0
         if self.done == self.warmup:
-            self.start = _now()
+            self.start = now()
         if self.done == self.warmup + self.steps:
-            self.seconds = _now() - self.start
-            self.peak_mib = _peak_mib()
+            self.seconds = now() - self.start
+            self.peak_mib = peak_mib()
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,8 @@ def prepare(config: RunConfig, *, splits: Sequence[str], max_features: int | Non
     if max_features is not None:
         features["train"] = features["train"].select(range(max_features))
     loaded = building.load_base(config, task)
-    for module in loaded.model.modules():
-        if isinstance(module, nn.Dropout) and not dropout:
-            module.p = 0.0
+    if not dropout:
+        _leave_out_dropout(loaded.model)
     return Parts(config, task, loaded, rows, features)
 
 
@@ -144,7 +145,10 @@ def train_trainer(parts: Parts, watch: Stopwatch, *, defaults: bool) -> nn.Modul
     """Train with transformers' Trainer, at its best or with its defaults (fp32, random order)."""
     from transformers import Trainer, TrainerCallback  # noqa: TID251 - it is the peer, not a second loop
 
-    collate, step_tokens = _counting(_trainer_collator(parts.task))
+    lora, model = parts.config.lora, parts.loaded.model
+    if lora.r is not None:
+        model = add_lora(model, parts.loaded.new, **lora.model_dump())
+    collate, step_tokens = _counting(_trainer_collator(parts.task, model))
     accumulation = parts.config.train.gradient_accumulation_steps or 1
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -156,7 +160,7 @@ def train_trainer(parts: Parts, watch: Stopwatch, *, defaults: bool) -> nn.Modul
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model=parts.loaded.model,
+            model=model,
             args=trainer_arguments(parts.config, folder, defaults=defaults),
             train_dataset=_trainer_dataset(parts.features["train"]),
             data_collator=collate,
@@ -195,6 +199,7 @@ def trainer_arguments(config: RunConfig, folder: str, *, defaults: bool) -> Trai
         optim=train.optim,
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_steps,
+        label_smoothing_factor=getattr(config.options, "label_smoothing_factor", 0.0),
         use_cpu=not on_gpu,
         logging_strategy="no",
         save_strategy="no",
@@ -237,7 +242,7 @@ def run_side(
     model = train(parts, watch)
     if update and before is not None:
         np.save(update, _flat(model) - before)
-    lengths = np.asarray(parts.features["train"]["length"])
+    lengths = np.array([len(ids) for ids in parts.features["train"]["input_ids"]])
     tokens_per_second = watch.tokens / watch.seconds if watch.seconds else None
     return {
         "side": side,
@@ -251,8 +256,16 @@ def run_side(
         "peak_mib": watch.peak_mib,
         "metrics": score(parts, model) if scored else {},
         "headline": parts.task.headline,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "native_bf16": supports_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "native_bf16": supports_bf16(torch.device("cuda" if on_gpu else "cpu")),
         "threads": torch.get_num_threads(),
     }
 
@@ -277,6 +290,15 @@ def main(
         out.write_text(json.dumps(report), encoding="utf-8")
 
 
+def _leave_out_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # T5 and BART drop attention by a function, and keep the share here
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def _trainer(*, defaults: bool) -> Callable[[Parts, Stopwatch], nn.Module]:
     return lambda parts, watch: train_trainer(parts, watch, defaults=defaults)
 
@@ -284,14 +306,20 @@ def _trainer(*, defaults: bool) -> Callable[[Parts, Stopwatch], nn.Module]:
 def _trainer_dataset(features: datasets.Dataset) -> datasets.Dataset:
     """The features as the Trainer's collators expect them, attention mask included."""
     kept = features.select_columns([name for name in TRAINER_COLUMNS if name in features.column_names])
-    return kept.add_column("attention_mask", [[1] * length for length in features["length"]])
+    return kept.add_column("attention_mask", [[1] * len(ids) for ids in features["input_ids"]])
 
 
-def _trainer_collator(task: Task) -> Callable[[list[dict[str, Any]]], Any]:
-    from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+def _trainer_collator(task: Task, model: nn.Module) -> Callable[[list[dict[str, Any]]], Any]:
+    from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, DataCollatorWithPadding
 
-    kind = DataCollatorForTokenClassification if task.name == "ner" else DataCollatorWithPadding
-    return cast(Callable[[list[dict[str, Any]]], Any], kind(task.tokenizer))
+    collators: dict[str, Callable[[], Any]] = {
+        "ner": lambda: DataCollatorForTokenClassification(task.tokenizer),
+        "summarization": lambda: DataCollatorForSeq2Seq(task.tokenizer, model),
+        "translation": lambda: DataCollatorForSeq2Seq(task.tokenizer, model),
+        "generation": lambda: DataCollatorForSeq2Seq(task.tokenizer),  # it pads labels of any kind
+    }
+    made = collators.get(task.name, lambda: DataCollatorWithPadding(task.tokenizer))()
+    return cast(Callable[[list[dict[str, Any]]], Any], made)
 
 
 def _counting(
@@ -311,7 +339,7 @@ def _flat(model: nn.Module) -> Any:
     return np.concatenate([p.detach().cpu().numpy().ravel().copy() for _, p in sorted(model.named_parameters())])
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
     """Peak memory of the GPU, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20

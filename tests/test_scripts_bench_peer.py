@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from tiny_families import make_decoder_tokenizer, make_rows, make_seq2seq_tokenizer, save_body
 from tiny_text import make_model, make_tokenizer
 
-from scripts import bench_peer, peer
+from pipelines.config import load
+from scripts import bench_peer, peer, peer_decoding
 from scripts.bench_peer import Section, Settings
 
 TEXTS = ["the cat sat", "a dog ran far away over the hill", "cats", "dogs run", "the dog", "a cat sat on the hill"]
@@ -64,6 +66,42 @@ def test_whole_runs_of_both_sides_see_the_same_tokens_and_take_turns(config, sid
     assert "heedful, test accuracy" in section.tables
 
 
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_task_that_writes_is_trained_and_decoded_by_both_sides(family, tmp_path, monkeypatch):
+    tokenizer = make_decoder_tokenizer() if family == "llama" else make_seq2seq_tokenizer()
+    tokenizer.pad_token = "[PAD]"
+    save_body(family, tmp_path / "model", tokenizer=tokenizer)
+    for split in ("train", "test"):
+        make_rows("summarization", 12).remove_columns("row").to_parquet(tmp_path / f"{split}.parquet")
+    content = {
+        "task": "summarization",
+        "model": {"name": str(tmp_path / "model"), "max_length": 32},
+        "data": {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")},
+        "train": {"batch_size": 12, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0},
+        "summarization": {"max_target_length": 8, "decoding": {"max_new_tokens": 4}},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+
+    def parts(*overrides):
+        overrides = ("train.per_device_eval_batch_size=5", *overrides)
+        return peer.prepare(load(path, overrides), splits=("train", "test"), max_features=None, dropout=False)
+
+    ours, theirs = parts(), parts()
+    answers = zip(peer_decoding.answer(ours), peer_decoding.answer_plainly(theirs), strict=True)
+    assert all(one[: len(other)] == other[: len(one)] for one, other in answers)  # but for the padding
+    before = flat(ours.loaded.model)
+    for side, part in (("heedful", ours), ("trainer", theirs)):
+        assert peer.run_side(side, part, warmup=0)["steps"] == 1
+    move, other = (flat(part.loaded.model) - before for part in (ours, theirs))
+    assert 0 < (move - other).norm() < 1e-4 * move.norm()  # all rows in one batch: the same mean loss
+    assert peer.run_side("trainer", parts("lora.r=2"), warmup=0)["steps"] == 1
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for _, p in sorted(model.named_parameters())])
+
+
 def test_a_kept_run_is_not_run_again_unless_its_configuration_changed(config, sides_here, tmp_path):
     settings = Settings(1, 5, 1, 1, (), kept=tmp_path / "kept")
     first = bench_peer.measure_quality(config, settings)
@@ -76,7 +114,7 @@ def test_a_kept_run_is_not_run_again_unless_its_configuration_changed(config, si
 
 def test_speed_counts_the_tokens_of_the_timed_updates_alone(config, monkeypatch, sides_here):
     ticks = iter(range(1000))
-    monkeypatch.setattr(peer, "_now", lambda: float(next(ticks)))  # one second between start and end
+    monkeypatch.setattr(peer, "now", lambda: float(next(ticks)))  # one second between start and end
     overrides = ("train.train_sampling_strategy=sequential", "data.max_train_samples=36")
     section = bench_peer.measure_speed(config, Settings(1, 2, 1, 1, overrides))
     reports = {report["side"]: report for report in section.reports}
@@ -104,7 +142,7 @@ def test_an_update_is_compared_by_norm():
 
 def test_stopwatch_starts_after_the_warm_up_and_stops_at_the_last_update(monkeypatch):
     now = iter([10.0, 13.0])
-    monkeypatch.setattr(peer, "_now", lambda: next(now))
+    monkeypatch.setattr(peer, "now", lambda: next(now))
     watch = peer.Stopwatch(warmup=2, steps=3)
     for tokens in (1, 2, 4, 8, 16):
         watch.step_done(tokens)
