@@ -13,6 +13,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_up(folder: Path) -> None:
+    """Let who may read the folder read its files: safetensors writes them for the owner alone, whatever the umask."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
+
+
 def sync(*paths: Path) -> None:
     """Wait until these files and folders are on the disk: a rename must not outlive what it names."""
     for path in paths:

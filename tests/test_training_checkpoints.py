@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -183,6 +184,17 @@ def test_an_older_folder_of_the_same_name_is_replaced(tmp_path):
     assert not (path / "stray").exists()
     assert checkpoints.read_position(path).stale_evaluations == 7
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_the_folder_may_read_its_files(umask, mode, tmp_path):
+    """safetensors makes files that only their owner can read: nobody else could open the model."""
+    before = os.umask(umask)
+    try:
+        path = Run().train(1).save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("torch"), KeyboardInterrupt()])
