@@ -8,7 +8,7 @@ from rich.console import Console
 
 from heedful import UserError
 from pipelines.inference import open_model
-from pipelines.preparation import build_console, dialect, encode, fetch_assets, split_sources
+from pipelines.preparation import dialect, encode, fetch_assets, split_sources
 from pipelines.report import metrics_table
 from pipelines.scoring import evaluate_split
 from sources.readers import read_rows
@@ -28,8 +28,7 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
     Raises:
         UserError: No data to score on, or data that this model can not be scored on.
     """
-    opened = open_model(checkpoint, overrides)
-    console = build_console(opened.accelerator, console)
+    opened = open_model(checkpoint, overrides, console)
     data, task = opened.config.data, opened.task
     named = {override.partition("=")[0].removeprefix("data.") for override in overrides} & {"validation", "test"}
     sources = split_sources(data)
@@ -38,7 +37,7 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
     }
     if not splits:
         raise UserError("no data to score on", where=checkpoint, fix="name it: data.test=FILE")
-    fetch_assets(list(splits.values()), opened.accelerator, console)
+    fetch_assets(list(splits.values()), opened.accelerator, opened.console)
     metrics: dict[str, dict[str, Any]] = {}
     for name, source in splits.items():
         rows = read_rows(
@@ -59,5 +58,5 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
             batch_size=opened.config.train.per_device_eval_batch_size,
             intervals=True,
         )
-    console.print(metrics_table(metrics))
+    opened.console.print(metrics_table(metrics))
     return metrics

@@ -74,6 +74,8 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     accelerator = build_accelerator(bf16=config.train.bf16)
     console = build_console(accelerator, console)
     be_deterministic(config.seed)
+    run = Run(Path(config.output_dir))
+    run.require_writable()
     data = prepare(config, accelerator, console)
     task, features = data.task, data.features
     loaded = building.load_base(config, task)
@@ -85,7 +87,6 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     eval_batch_size = config.train.per_device_eval_batch_size
     check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size)
-    run = Run(Path(config.output_dir))
     position = resume(run, config, trainee, data=data.fingerprints, console=console)
     if accelerator.is_main_process:
         manifest = runs.manifest(

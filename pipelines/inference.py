@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from rich.console import Console
 from torch import nn
 
 from heedful import UserError
 from pipelines import config as configuration
 from pipelines.config import RunConfig
-from pipelines.preparation import build_accelerator
+from pipelines.preparation import build_accelerator, build_console
 from tasks.protocol import Task
 from tasks.saved import load_task, read
 from training.models import load_model, load_tokenizer
@@ -26,10 +27,11 @@ class Opened:
     task: Task
     model: nn.Module
     accelerator: Accelerator
+    console: Console
     config: RunConfig
 
 
-def open_model(checkpoint: str, overrides: list[str]) -> Opened:
+def open_model(checkpoint: str, overrides: list[str], console: Console | None) -> Opened:
     """Open a model folder, or the run that it lies in.
 
     Args:
@@ -43,9 +45,10 @@ def open_model(checkpoint: str, overrides: list[str]) -> Opened:
     config = _config_of(folder, overrides)
     trust = config.model.trust_remote_code
     accelerator = build_accelerator(bf16=config.train.bf16)
+    console = build_console(accelerator, console)  # first, or reading the weights shows a progress bar of its own
     task = load_task(folder, load_tokenizer(str(folder), trust_remote_code=trust))
     model = load_model(task.auto_class, str(folder), trust_remote_code=trust, **task.model_kwargs()).model
-    return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, config)
+    return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, console, config)
 
 
 def model_folder(checkpoint: str) -> Path:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from heedful import UserError
 from pipelines.inference import open_model
-from pipelines.preparation import build_console, dialect, encode
+from pipelines.preparation import dialect, encode
 from sources.readers import SUFFIXES, read_rows, rows_from_text
 from tasks import TASKS
 from tasks.protocol import Output
@@ -27,8 +27,7 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
     Returns:
         One answer a row, in order, ready for JSON; on other ranks than the main one too.
     """
-    opened = open_model(checkpoint, overrides)
-    build_console(opened.accelerator, console)
+    opened = open_model(checkpoint, overrides, console)
     columns, data, task = TASKS[opened.task.name].columns, opened.config.data, opened.task
     if not given.strip():
         raise UserError("INPUT is empty", expected="a file, or a text")

@@ -59,7 +59,8 @@ def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
 
 def show_end(console: Console, metrics: Metrics, before: Mapping[str, Metrics], *, folder: str, task: str) -> None:
     """The end of a run: the figures, where everything is, and what to do next."""
-    console.print(metrics_table(metrics, before))
+    if metrics:
+        console.print(metrics_table(metrics, before))
     model = shlex.quote(f"{folder}/model")
     console.print(
         f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={model}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -63,6 +64,24 @@ class Run:
     def baselines(self) -> Path:
         """What the model has to beat: a simple rule, and itself before training."""
         return self.folder / "baselines.json"
+
+    def require_writable(self) -> None:
+        """Find out before the work what would else be found out after it. Nothing is left there.
+
+        Raises:
+            UserError: The folder can not be made, or not be written to.
+        """
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        try:
+            with TemporaryDirectory(dir=nearest):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"nothing can be written there: {error.strerror}",
+                where=f"output_dir={self.folder}",
+                expected="a folder, or room for a new one",
+                fix="output_dir=ANOTHER",
+            ) from error
 
     def open_(self, config: RunConfig, manifest: Mapping[str, Any], audit: Mapping[str, Any]) -> None:
         """Create the folder and say in it what will run."""

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from tiny_families import DECODERS, FAMILIES, SEQ2SEQ, make_config, make_rows, save_body, tokenizer_for
+from tiny_families import DECODERS, FAMILIES, SEQ2SEQ, SHORT, make_config, make_rows, save_body, tokenizer_for
 
 from heedful import UserError
 from pipelines import building
@@ -102,6 +102,7 @@ def run_config(folder, task, *, lora=False):
         "data": {"train": "rows.jsonl", "stride": 4},
         "train": {"learning_rate": 0.05, "lr_scheduler_type": "constant"},
         "lora": {"r": 4} if lora else {},
+        task: SHORT.get(task, {}),
     }
     return validate(values, where="family_matrix")
 

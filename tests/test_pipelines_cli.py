@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_families import make_masking_tokenizer, make_rows, save_body, save_marian
+from tiny_families import SHORT, make_masking_tokenizer, make_rows, save_body, save_marian
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from heedful import UserError
@@ -42,6 +42,7 @@ def write_config(*, task, train="train.csv", validation="dev.csv"):
         "model": {"name": "./model", "max_length": 32},
         "data": {"train": train, "validation": validation, "stride": 8},
         "train": {"max_steps": 2, "batch_size": 4, "logging_steps": 1},
+        task: SHORT.get(task, {}),
     }
     Path("run.yaml").write_text(yaml.safe_dump(values))
 
@@ -80,6 +81,18 @@ def test_the_untrained_model_is_scored_too(project, cli_run):
     before, after = (json.loads(Path(f"runs/run/{n}.json").read_text())["validation"] for n in ("baselines", "metrics"))
     assert before["untrained"] == {name: value for name, value in after.items() if not name.endswith("_ci95")}
     assert "validation, untrained: accuracy" in log
+
+
+@pytest.mark.parametrize("place", ["train.csv", "train.csv/run", "/proc/run"])
+def test_a_folder_that_can_not_be_written_is_found_out_before_the_work(place, project, cli_run):
+    result = cli_run("finetune", "run.yaml", f"output_dir={place}")
+    refused(result, f"output_dir={place}")
+    assert "train:" not in result[2], "nothing was read yet"
+
+
+def test_without_data_to_score_on_there_is_no_table(project, cli_run):
+    code, _, log = cli_run("finetune", "run.yaml", "data.validation=null")
+    assert (code, "95 % interval" in log) == (0, False), log
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -126,7 +126,8 @@ def tiny(task):
     """Settings for a single step of a tiny model."""
     settings = ["model.name=./model", "model.max_length=32", "data.stride=4", "train.max_steps=1", "train.batch_size=4"]
     settings += ["train.bf16=false", "train.per_device_train_batch_size=2", "output_dir=runs/tiny"]
-    return settings + [f"{task}.decoding.max_new_tokens=4"] * (task in ("summarization", "translation", "generation"))
+    settings += [f"{task}.decoding.max_new_tokens=4"] * (task in ("summarization", "translation", "generation"))
+    return settings + [f"{task}.max_target_length=16"] * (task in ("summarization", "translation"))
 
 
 def test_each_task_has_a_run():

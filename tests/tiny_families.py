@@ -50,6 +50,10 @@ SEQ2SEQ = {
     "marian": BART_SIZES | IDS,
     "pegasus": BART_SIZES | IDS,
 }
+SHORT = {"generation": {"decoding": {"max_new_tokens": 16}}}
+for task in ("summarization", "translation"):
+    SHORT[task] = SHORT["generation"] | {"max_target_length": 16}
+"""Sections of a configuration under which answers fit into these models' 64 positions."""
 NO_DROPOUT = {
     name: 0.0
     for name in (
