@@ -250,12 +250,12 @@ def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset,
     """The trained model as transformers made it. A sharded one is made anew, in this process's own memory."""
     task = trainee.task
     if is_sharded(trainee.model):
-        model = building.adapt(
+        anew = building.adapt(
             config, building.load_base(config, task), features, padding=task.tokenizer.pad_token_id or 0
         )
-        checkpoints.load_model(best, model)
-        return model
-    model = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
+        checkpoints.load_model(best, anew)
+        return anew
+    model: nn.Module = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
     restore_embeddings(model)
     return model
 

@@ -51,6 +51,7 @@ ACROSS_RANKS = {
 
 def make_trainee(
     task,
+    model=None,
     *,
     optim="sgd",
     learning_rate=0.1,
@@ -63,7 +64,7 @@ def make_trainee(
 ):
     accelerator = Accelerator(cpu=True)
     family, kwargs = FAMILY_OF.get(task.name, "bert"), task.model_kwargs()
-    model = make_model(family, task.auto_class, dropout=dropout, initializer_range=0.2, **kwargs)
+    model = model or make_model(family, task.auto_class, dropout=dropout, initializer_range=0.2, **kwargs)
     if sharded:
         shard(model, accelerator)
     optimizer = build_optimizer(
@@ -127,8 +128,10 @@ def test_the_update_does_not_depend_on_the_micro_batches(task_name, setup):
         assert_same(make_updates(task_name, setup, **split), whole)
 
 
-@pytest.mark.parametrize("distributed", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "distributed"),
+    [(2, "ddp"), (3, "ddp"), (2, "fsdp2"), pytest.param(3, "fsdp2", marks=pytest.mark.slow)],
+)
 def test_several_processes_do_as_one_does(world_size, distributed, tmp_path):
     """One launch for all checks, since most of its time is the start of the processes."""
     results = launch(__file__, world_size, tmp_path, distributed)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -159,7 +159,8 @@ def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed, perhaps on more ranks
     dist.barrier()
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        state_dict_saver.save(tensors, storage_writer=writer)
     except CheckpointException as error:  # no Exception, but a BaseException
         rank, (cause, _) = min(error.failures.items())
         raise OSError(f"{cause} (process {rank})") from error
@@ -228,7 +229,7 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:
     """Read into the tensors, or into what this rank holds of them; no rank needs another."""
     if tensors:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)  # type: ignore[arg-type]
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 def _empty(entry: TensorStorageMetadata, parameter: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +40,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> str:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # What stands outside the blocks stays gathered until the backward pass, since a loss may call the head by itself.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # torch takes for the root whatever runs first: the blocks of an encoder, where a text is generated before training.
+    cast(FSDPModule, model)._get_fsdp_state()._lazy_init()
     if plain := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
         raise RuntimeError(f"not sharded: {', '.join(plain[:3])}")
     own, total = (sum(f(p).numel() for p in model.parameters()) for f in (local, lambda p: p))
