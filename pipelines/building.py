@@ -33,6 +33,7 @@ from training.models import (
     new_model,
 )
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
+from training.sharding import is_sharded, shard
 from training.warm_start import join_encoders, joined_config
 
 PASS_OVERHEAD = {"cpu": 128.0}
@@ -136,7 +137,9 @@ def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padd
     if config.train.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     if config.lora.r is None:
-        if config.train.optim in LEAVES_UNUSED_ROWS and config.train.weight_decay == 0:
+        # Its table of all rows would stand whole on each process, sharded or not.
+        plain = config.distributed == "ddp" and config.train.weight_decay == 0
+        if plain and config.train.optim in LEAVES_UNUSED_ROWS:
             train_used_rows(loaded.model, features, padding=padding)
         return cast(nn.Module, loaded.model)
     return cast(nn.Module, add_lora(loaded.model, loaded.new, **config.lora.model_dump()))
@@ -164,6 +167,15 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
 
 def _listed_ids(ids: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in ids.items() if value is not None)
+
+
+def distribute(config: RunConfig, model: nn.Module, accelerator: Accelerator) -> list[str]:
+    """Shard the model where that is asked for, and say so. It must come before the optimizer."""
+    if config.distributed == "ddp":
+        return []
+    if accelerator.num_processes == 1:
+        return ["distributed=fsdp2: one process shares with none, and trains as ever"]
+    return [shard(model, accelerator)]
 
 
 def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
@@ -222,5 +234,6 @@ def build_trainee(
     scheduler = build_scheduler(
         train.lr_scheduler_type, optimizer, warmup_steps=train.warmup_steps, num_training_steps=total_steps
     )
-    model, prepared = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))  # which wraps in autocast alone
+    prepared = accelerator.prepare_optimizer(optimizer)
     return Trainee(accelerator, task, model, prepared, scheduler, train.max_grad_norm, config.seed)

@@ -219,11 +219,22 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     lora: LoraSection = LoraSection()
     attention: Literal["full"] = "full"
-    distributed: Literal["ddp"] = "ddp"
-    """How several processes share the work; one process needs none."""
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the work: each with the whole model, or each with a part of it; see
+    ``training.sharding``."""
     tracking: TrackingSection = TrackingSection()
     options: SerializeAsAny[Options]
     """The task's own settings; in YAML this section carries the task's name."""
+
+    @field_validator("distributed", mode="before")
+    @classmethod
+    def _no_deepspeed(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("deepspeed"):
+            raise ValueError(
+                "not built, since DeepSpeed's engine counts micro-batches, clips and steps by itself. "
+                "distributed=fsdp2 shards all that ZeRO-3 does"
+            )
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it would stand in YAML, every default written out."""
@@ -284,6 +295,11 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
         if config.model.init in ("scratch", "encoder_decoder") and config.lora.r is not None:
             faults.append(
                 f"lora.r: LoRA would freeze weights that model.init={config.model.init} draws at random: leave one out"
+            )
+        if config.distributed == "fsdp2" and config.train.optim == "adafactor":
+            faults.append(
+                "train.optim='adafactor': its means over rows and columns need whole matrices, which distributed=fsdp2 "
+                "cuts up: use adamw_torch_fused"
             )
         if not faults:
             return config

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from torch import nn
 
 from heedful import UserError
 from pipelines import building, runs
@@ -44,6 +45,7 @@ from training.checkpoints import Position, write_json
 from training.embeddings import restore_embeddings
 from training.export import export
 from training.loop import Trainee, train
+from training.sharding import is_sharded
 from training.tracking import Tracker, truncate_history, wandb_sinks
 
 NOT_A_SCORE = ("best_f1_thresh",)
@@ -81,6 +83,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     loaded = building.load_base(config, task)
     model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
+    tell(console, *building.distribute(config, model, accelerator))
     batching = building.build_batching(config, accelerator)
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
@@ -118,10 +121,12 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
         tracker=build_tracker(run, config, trainee, console),
         position=position,
     )
-    checkpoints.load_model(run.checkpoints / f"step-{position.best_step or position.step}", trainee.bare_model)
+    best = run.checkpoints / f"step-{position.best_step or position.step}"
+    checkpoints.load_model(best, trainee.bare_model)
     metrics = {split: score(split, intervals=True) for split in features if split != "train"}
     if accelerator.is_main_process:
-        finish(run, config, trainee, features["train"], metrics, console)
+        model = plain_model(config, trainee, features["train"], best)
+        finish(run, config, task, model, features["train"], metrics, console)
         show_end(console, metrics, before, folder=str(run.folder), task=task.name)
     accelerator.wait_for_everyone()
     return run.folder
@@ -275,15 +280,32 @@ def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Consol
     )
 
 
+def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset, best: Path) -> nn.Module:
+    """The trained model as transformers made it. A sharded one is made anew, in this process's own memory."""
+    task = trainee.task
+    if is_sharded(trainee.model):
+        anew = building.adapt(
+            config, building.load_base(config, task), features, padding=task.tokenizer.pad_token_id or 0
+        )
+        checkpoints.load_model(best, anew)
+        return anew
+    model: nn.Module = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
+    restore_embeddings(model)
+    return model
+
+
 def finish(
-    run: Run, config: RunConfig, trainee: Trainee, features: datasets.Dataset, metrics: dict[str, Any], console: Console
+    run: Run,
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    features: datasets.Dataset,
+    metrics: dict[str, Any],
+    console: Console,
 ) -> None:
     """Leave the model, proved to answer as the trained one does, and the metrics."""
-    task = trainee.task
     by_length = np.argsort(np.asarray(features["length"]), kind="stable")  # two, with padding: logits can be large
     probe = task.collate(examples(features, np.unique(by_length[[0, len(by_length) // 2]])))
-    model = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
-    restore_embeddings(model)
     differences = export(model, task, run.folder, probe=probe, base=building.base_of(config, task))
     write_json(run.metrics, metrics)
     for name, difference in differences.items():

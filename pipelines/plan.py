@@ -52,7 +52,7 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     features, task = data.features["train"], data.task
     loaded = building.load_base(config, task)
     model = building.adapt(config, loaded, features, padding=task.tokenizer.pad_token_id or 0)
-    description = building.describe_model(loaded, model)
+    description = "\n".join([building.describe_model(loaded, model), *building.distribute(config, model, accelerator)])
     batching = building.build_batching(config, accelerator)
     lengths = np.asarray(features["length"])
     schedule = building.build_schedule(config, task, batching.steps_per_epoch(len(lengths)), validated=False)

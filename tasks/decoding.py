@@ -47,7 +47,8 @@ def generate(
         eos_token_id=end_ids(model, tokenizer),
         **{name: token for name, token in special.items() if token is not None},
     )
-    ids = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+    # No rank waits for another here: where weights are sharded, they are whole in evaluation.
+    ids = model.generate(**inputs, generation_config=config, synced_gpus=False)  # type: ignore[operator]
     # An encoder-decoder answers with its decoder's start token first, a decoder repeats the input.
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # type: ignore[union-attr]
     return ids[:, start:]  # type: ignore[no-any-return]

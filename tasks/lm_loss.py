@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -123,6 +124,8 @@ def _try_out(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bo
             hidden = model(**inputs).logits
         return hidden.shape[-1] == head.weight.shape[1] and torch.equal(head(hidden), logits)
     except RuntimeError:  # shapes that no longer fit: a bias of the size of the vocabulary, say
+        if isinstance(model, FSDPModule):
+            model.reset_iter_state()
         return False
     finally:
         model.train(was_training)

@@ -1,7 +1,8 @@
 """A run that kills itself with SIGKILL at an exact point: `python killed_run.py POINT CONFIG [OVERRIDE ...]`.
 
-POINT is update:N (after update N), file:N:NAME (in the save of step N, after NAME is written), rename:N (the save of
-step N is whole, the prune has not begun), or never. On several ranks every rank dies, as when a machine does.
+POINT is update:N (after update N), file:N:NAME (in the save of step N, after NAME is written), shards:N (in the save of
+step N, after the parts of a sharded model are written), rename:N (the save of step N is whole, the prune has not
+begun), or never. On several ranks every rank dies, as when a machine does.
 """
 
 import os
@@ -36,6 +37,14 @@ def arm(point):
                 die()
 
         checkpoints.save_file = save_file
+    elif kind == "shards":
+        plain_write_shards = checkpoints.write_shards
+
+        def write_shards(tensors, folder):
+            done = plain_write_shards(tensors, folder)
+            return die() if folder.name == f".tmp-step-{where[0]}-shards" else done
+
+        checkpoints.write_shards = write_shards
     elif kind == "rename":
         plain_prune = checkpoints.prune
 

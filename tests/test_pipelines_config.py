@@ -118,6 +118,19 @@ def test_a_fault_names_its_key_and_the_nearest_known_one(write, override, expect
     assert expected in refusal(write(), override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["distributed=deepspeed_zero2"], "distributed=fsdp2 shards all that ZeRO-3 does"),
+        (["distributed=deepspeed_zero3"], "distributed='deepspeed_zero3': not built"),
+        (["distributed=fsdp2", "train.optim=adafactor"], "use adamw_torch_fused"),
+    ],
+)
+def test_what_sharding_can_not_do_is_refused(write, overrides, expected):
+    assert expected in refusal(write(), *overrides)
+    assert config.load(write(), ["distributed=fsdp2"]).distributed == "fsdp2"
+
+
 def test_missing_keys_are_named(write):
     assert "model: required and not given" in refusal(write("task: ner"))
     assert "model.name is required and not given" in refusal(write("task: ner\nmodel: {max_length: 64}"))

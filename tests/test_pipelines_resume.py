@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_families import make_rows, save_body
 
@@ -105,6 +107,54 @@ def test_every_kill_point(config, tmp_path, processes, lora):
         run(config, tmp_path / "killed", point=point, processes=processes, overrides=["resume=auto", *lora])
     assert run(config, tmp_path / "killed", processes=processes, overrides=["resume=auto", *lora]).returncode == 0
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
+SHARDED = ["distributed=fsdp2"]
+SHARDED_POINTS = ("update:3", "shards:4", "rename:8", "update:11", "shards:12")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("lora", [[], ["lora.r=2"]], ids=["full", "lora"])
+def test_every_kill_point_of_a_sharded_run(config, tmp_path, lora):
+    assert run(config, tmp_path / "whole", processes=2, overrides=SHARDED + lora).returncode == 0
+    for point in SHARDED_POINTS:
+        run(config, tmp_path / "killed", point=point, processes=2, overrides=["resume=auto", *SHARDED, *lora])
+    resumed = run(config, tmp_path / "killed", processes=2, overrides=["resume=auto", *SHARDED, *lora])
+    assert resumed.returncode == 0, resumed.stderr
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_two_processes_sharded_others_go_on_with(config, tmp_path):
+    """Without dropout, whose masks are the ranks' own, every number of processes gives the same losses."""
+    settings = json.loads((config.parent / "model/config.json").read_text())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    save_body("bert", tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(settings))
+    overrides = [*SHARDED, f"model.name={tmp_path / 'model'}"]
+    assert run(config, tmp_path / "whole", processes=2, overrides=overrides).returncode == 0
+    run(config, tmp_path / "on 1", point="update:9", processes=2, overrides=overrides)
+    shutil.copytree(tmp_path / "on 1", tmp_path / "on 3")
+    whole = [line["loss"] for line in facts(tmp_path / "whole")[0] if "loss" in line]
+    for processes in (1, 3):
+        folder = tmp_path / f"on {processes}"
+        resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
+        assert f"resuming on {processes} processes what 2 began" in resumed.stderr
+        assert [line["loss"] for line in facts(folder)[0] if "loss" in line] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_and_not_two_gpus_learn_the_same(config, tmp_path):
+    losses = {}
+    for distributed in ("ddp", "fsdp2"):
+        overrides = [f"distributed={distributed}", "train.bf16=false"]
+        done = run(config, tmp_path / distributed, processes=2, overrides=overrides)
+        assert done.returncode == 0, done.stderr
+        losses[distributed] = [line["loss"] for line in facts(tmp_path / distributed)[0] if "loss" in line]
+    assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-4)
 
 
 def test_flipped_byte_in_the_newest_checkpoint_falls_back_and_says_so(config, tmp_path):

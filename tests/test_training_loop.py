@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from tiny_families import FAMILY_OF, make_model, make_task
+from torch.distributed.tensor import DTensor
 
 from heedful import NonFiniteLossError, UserError
 from tasks import TASKS
@@ -27,6 +28,7 @@ from training.checkpoints import Position
 from training.evaluation import predict
 from training.loop import Schedule, Stopped, Trainee, _save, _updates, note_score, run_update, seed_step, train
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
+from training.sharding import is_sharded, shard
 from training.tracking import Tracker
 
 TASK_NAMES = tuple(TASKS)
@@ -48,11 +50,23 @@ ACROSS_RANKS = {
 
 
 def make_trainee(
-    task, *, optim="sgd", learning_rate=0.1, max_grad_norm=1.0, epsilon=1e-8, dropout=False, total_steps=8, warmup=0
+    task,
+    model=None,
+    *,
+    optim="sgd",
+    learning_rate=0.1,
+    max_grad_norm=1.0,
+    epsilon=1e-8,
+    dropout=False,
+    total_steps=8,
+    warmup=0,
+    sharded=False,
 ):
     accelerator = Accelerator(cpu=True)
     family, kwargs = FAMILY_OF.get(task.name, "bert"), task.model_kwargs()
-    model = make_model(family, task.auto_class, dropout=dropout, initializer_range=0.2, **kwargs)
+    model = model or make_model(family, task.auto_class, dropout=dropout, initializer_range=0.2, **kwargs)
+    if sharded:
+        shard(model, accelerator)
     optimizer = build_optimizer(
         optim,
         parameter_groups(model.named_parameters(), weight_decay=0.0),
@@ -61,18 +75,20 @@ def make_trainee(
         epsilon=epsilon,
     )
     scheduler = build_scheduler("linear", optimizer, warmup_steps=warmup, num_training_steps=total_steps)
-    model, prepared = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))
+    prepared = accelerator.prepare_optimizer(optimizer)
     return Trainee(accelerator, task, model, prepared, scheduler, max_grad_norm=max_grad_norm, seed=0)
 
 
 def flat(model):
-    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).double().flatten() for p in parameters])
 
 
-def make_updates(task_name, setup, *, steps=2, **batching):
+def make_updates(task_name, setup, *, steps=2, sharded=False, **batching):
     """Nine examples, so that the second update has one, fewer than there are processes."""
     task, _, features = make_task(task_name, count=16 if task_name != "generation" else 48)  # of which many are packed
-    trainee = make_trainee(task, **SETUPS[setup])
+    trainee = make_trainee(task, **SETUPS[setup], sharded=sharded)
     features = features.select(range(9))
     before = flat(trainee.bare_model)
     plan = _updates(trainee, features, Batching(8, seed=1, **batching), start=0, stop=steps)
@@ -112,10 +128,13 @@ def test_the_update_does_not_depend_on_the_micro_batches(task_name, setup):
         assert_same(make_updates(task_name, setup, **split), whole)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_several_processes_do_as_one_does(world_size, tmp_path):
+@pytest.mark.parametrize(
+    ("world_size", "distributed"),
+    [(2, "ddp"), (3, "ddp"), (2, "fsdp2"), pytest.param(3, "fsdp2", marks=pytest.mark.slow)],
+)
+def test_several_processes_do_as_one_does(world_size, distributed, tmp_path):
     """One launch for all checks, since most of its time is the start of the processes."""
-    results = launch(world_size, tmp_path)
+    results = launch(__file__, world_size, tmp_path, distributed)
     for task_name, setup in ACROSS_RANKS.items():
         whole = make_updates(task_name, setup, **WHOLE)
         for made in results["updates"][task_name].values():
@@ -133,21 +152,21 @@ def test_several_processes_do_as_one_does(world_size, tmp_path):
         assert task.decode(predictions, few) == task.decode(expected, few)
 
 
-def launch(world_size, folder):
-    """Run this file on several processes through torchrun; what its main process saved."""
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size), __file__, str(folder)]
+def launch(file, world_size, folder, *arguments):
+    """Run a file on several processes through torchrun; what its main process saved."""
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size), file, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", *command, *arguments], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "results.pt", weights_only=False)  # written by this very test
 
 
-def main(folder):
+def main(folder, sharded):
     """What each process does."""
     task, _, features = make_task("ner")
-    trainee = make_trainee(task)
+    trainee = make_trainee(task, sharded=sharded)
     accelerator, rank = trainee.accelerator, trainee.accelerator.process_index
     predictions = {}
     for count in (16, 1):  # more and fewer features than processes
@@ -157,7 +176,10 @@ def main(folder):
     micro = [task.collate(examples(features, np.array([rank])))]
     results = {
         "updates": {
-            name: {split: make_updates(name, setup, **how) for split, how in (("whole", WHOLE), ("1 each", ONE_EACH))}
+            name: {
+                split: make_updates(name, setup, **how, sharded=sharded)
+                for split, how in (("whole", WHOLE), ("1 each", ONE_EACH))
+            }
             for name, setup in ACROSS_RANKS.items()
         },
         "predictions": predictions,
@@ -441,4 +463,4 @@ def test_due():
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sharded=sys.argv[2] == "fsdp2")

@@ -60,6 +60,7 @@ NO_DROPOUT = {
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
         "classifier_dropout",
+        "classifier_dropout_prob",
         "dropout",
         "attention_dropout",
         "qa_dropout",

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import UserError
 from sources.files import open_up, sha256_of, sync
+from training.sharding import is_sharded, local
+
+# Reading without the other ranks is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 MANIFEST = "MANIFEST.json"
 
@@ -104,20 +115,62 @@ def newest_whole(folder: Path, *, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def save(folder: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, position: Position) -> Path:
-    """Write ``folder/step-N`` whole."""
+def save(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    position: Position,
+    main: bool = True,
+) -> Path:
+    """Write ``folder/step-N`` whole. All ranks call this; where the model is not sharded, only the main one writes.
+
+    Args:
+        main: Whether this is the main process.
+    """
     target = folder / f"step-{position.step}"
+    weights, (states, scalars) = model_tensors(model), _optimizer_state(optimizer, _names(model))
+    shards = folder / f".tmp-{target.name}-shards"
+    if is_sharded(model):
+        write_shards(weights | states, shards)
+    if not main:
+        return target
 
     def fill(aside: Path) -> None:
-        save_file(model_tensors(model), aside / "model.safetensors")
-        tensors, scalars = _optimizer_state(optimizer, _names(model))
-        save_file(tensors, aside / "optimizer.safetensors")
+        if is_sharded(model):
+            for file in shards.iterdir():
+                file.rename(aside / file.name)
+            shards.rmdir()
+            _check_complete(aside, weights | states)
+        else:
+            save_file(weights, aside / "model.safetensors")
+            save_file(states, aside / "optimizer.safetensors")
         write_json(aside / "optimizer.json", scalars)
         write_json(aside / "scheduler.json", scheduler.state_dict())
         write_json(aside / "position.json", vars(position))
 
     write_whole(target, fill)
     return target
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write what each rank holds, into a file of its own. All ranks call this, and all learn of a failure."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed, perhaps on more ranks
+    dist.barrier()
+    try:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        state_dict_saver.save(tensors, storage_writer=writer)
+    except CheckpointException as error:  # no Exception, but a BaseException
+        rank, (cause, _) = min(error.failures.items())
+        raise OSError(f"{cause} (process {rank})") from error
+
+
+def _check_complete(folder: Path, tensors: dict[str, Tensor]) -> None:
+    written = {name: sum(prod(chunk.sizes) for chunk in entry.chunks) for name, entry in _stored(folder).items()}
+    if missing := [name for name, tensor in tensors.items() if written.get(name) != tensor.numel()]:
+        raise OSError(f"not all of {missing[0]} was written here: this folder must be one for all machines")
 
 
 def prune(folder: Path, *, keep: int, best_step: int | None) -> None:
@@ -154,21 +207,38 @@ def load_model(path: Path, model: nn.Module) -> None:
     """
     if reason := fault(path):
         raise UserError(f"broken checkpoint: {reason}", where=str(path), fix="resume=auto takes the newest whole one")
-    stored, own = load_file(path / "model.safetensors"), model_tensors(model)
-    if {n: t.shape for n, t in stored.items()} != {n: t.shape for n, t in own.items()}:
+    stored, own = {n: e.size for n, e in _stored(path).items() if "|" not in n}, model_tensors(model)
+    if stored != {n: t.shape for n, t in own.items()}:
         names = sorted(stored.keys() ^ own.keys())[:3] or ["same names, other shapes"]
         raise UserError(
             f"checkpoint of another model ({', '.join(names)})", where=str(path), fix="resume=none starts anew"
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+    _read(path, own)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What training may have changed: trained parameters and persistent buffers. Frozen weights come from the base."""
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     return trained | {n: t for n, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
+
+
+def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Every tensor of a checkpoint, in however many files: weights, and optimizer state as ``parameter|key``."""
+    return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Read into the tensors, or into what this rank holds of them; no rank needs another."""
+    if tensors:
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def _empty(entry: TensorStorageMetadata, parameter: Tensor) -> Tensor:
+    """Room for a piece of optimizer state: sharded as its parameter where it has its shape."""
+    dtype = entry.properties.dtype
+    if entry.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(entry.size, dtype=dtype, device=local(parameter).device)
 
 
 def _names(model: nn.Module) -> dict[Tensor, str]:
@@ -188,8 +258,11 @@ def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> tuple[di
 
 def _load_optimizer(optimizer: Optimizer, path: Path, names: dict[Tensor, str]) -> None:
     scalars = json.loads((path / "optimizer.json").read_text())
+    by_name = {name: parameter for parameter, name in names.items()}
+    tensors = {n: _empty(e, by_name[n.split("|")[0]]) for n, e in _stored(path).items() if "|" in n}
+    _read(path, tensors)
     state: dict[str, dict[str, Any]] = {}
-    for joined, value in (load_file(path / "optimizer.safetensors") | scalars["state"]).items():
+    for joined, value in (tensors | scalars["state"]).items():
         name, key = joined.split("|")
         state.setdefault(name, {})[key] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -17,6 +17,7 @@ from torch import nn
 
 from tasks.protocol import Prediction, Task
 from training.batches import Indices, examples
+from training.sharding import whole
 
 
 def predict(
@@ -40,10 +41,11 @@ def predict(
     was_training = model.training
     model.eval()
     answers: list[tuple[int, Prediction]] = []
-    for start in range(0, len(own), batch_size):
-        indices = own[start : start + batch_size]
-        answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
-        tick(len(answers))
+    with whole(model):
+        for start in range(0, len(own), batch_size):
+            indices = own[start : start + batch_size]
+            answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
+            tick(len(answers))
     model.train(was_training)
     gathered = dict(gather_object(answers)) if accelerator.num_processes > 1 else dict(answers)
     if sorted(gathered) != list(range(len(lengths))):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tasks.protocol import Batch
 from training.loop import Trainee, run_update
+from training.sharding import local, whole
 
 SPARE = 0.1
 """Share of the memory that is left to kernels and the allocator."""
@@ -54,11 +55,14 @@ class Footprint:
 def measure(trainee: Trainee, longest: Batch, update: list[Batch], features: Any) -> Footprint:
     """Make one update to warm up and one against the clock; the model is not of use afterwards.
 
+    Of a sharded model this process's part is counted; the blocks gathered for a moment come on top.
+
     Args:
         longest: The micro-batch whose activations are counted.
         update: The micro-batches of one update.
     """
-    activations = activation_bytes(trainee, longest)
+    with whole(trainee.bare_model):  # or gathered weights would count as activations
+        activations = activation_bytes(trainee, longest)
     run_update(trainee, update, features, step=0)
     begin = time.perf_counter()
     run_update(trainee, update, features, step=1)
@@ -105,4 +109,5 @@ def device_memory(device: torch.device) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
+    tensors = map(local, tensors)
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -38,6 +38,7 @@ from training.batches import (
     rank_share,
 )
 from training.checkpoints import Position
+from training.sharding import passes
 from training.tracking import Tracker
 
 
@@ -157,25 +158,26 @@ def run_update(trainee: Trainee, micro: list[Batch], features: Any, *, step: int
     """Make update number ``step`` from this rank's micro-batches of the global batch.
 
     Args:
-        micro: Empty where the global batch has fewer examples than there are ranks. Such a rank runs one example at
-            weight zero, since data parallelism needs every rank's backward pass.
+        micro: Empty where the global batch has fewer examples than there are ranks. What a rank lacks of the passes
+            that it must make (``training.sharding.passes``) it makes with an example at weight zero.
 
     Raises:
         NonFiniteLossError: Before the optimizer could spread a NaN.
     """
     accelerator, task, model = trainee.accelerator, trainee.task, trainee.model
-    weight = 1.0 if micro else 0.0
-    micro = micro or [task.collate(examples(features, np.zeros(1, np.int64)))]
+    if spare := passes(model, accelerator, len(micro)) - len(micro):
+        micro = micro + [task.collate(examples(features, np.zeros(1, np.int64)))] * spare
+    weights = [1.0] * (len(micro) - spare) + [0.0] * spare
     seed_step(trainee.seed, step, accelerator.process_index)
     model.train()
     micro = [send_to_device(batch, accelerator.device) for batch in micro]
     count, tokens = _sum_over_ranks(
         accelerator,
-        weight * sum(task.count(batch).double() for batch in micro),
-        weight * sum(batch["attention_mask"].sum() for batch in micro),
+        sum(weight * task.count(batch).double() for weight, batch in zip(weights, micro, strict=True)),
+        sum(weight * batch["attention_mask"].sum() for weight, batch in zip(weights, micro, strict=True)),
     )
     loss_sum = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(micro, start=1):
+    for number, (weight, batch) in enumerate(zip(weights, micro, strict=True), start=1):
         with nullcontext() if number == len(micro) else accelerator.no_sync(model):
             with accelerator.autocast():  # the model's own forward is in autocast anyway, a loss over its head is not
                 loss = weight * task.loss(model, batch)
@@ -240,20 +242,21 @@ def note_score(position: Position, schedule: Schedule, score: float) -> bool:
 
 
 def _save(trainee: Trainee, folder: Path, position: Position, *, keep: int) -> None:
-    """Save on the main process; every rank learns of a failure, so that none waits for ever."""
+    """Save on the main process, parts on each; every rank learns of a failure, so that none waits for ever."""
     accelerator, failure = trainee.accelerator, None
-    if accelerator.is_main_process:
-        try:
-            checkpoints.save(
-                folder,
-                model=trainee.bare_model,
-                optimizer=trainee.optimizer.optimizer,
-                scheduler=trainee.scheduler,
-                position=position,
-            )
+    try:
+        checkpoints.save(
+            folder,
+            model=trainee.bare_model,
+            optimizer=trainee.optimizer.optimizer,
+            scheduler=trainee.scheduler,
+            position=position,
+            main=accelerator.is_main_process,
+        )
+        if accelerator.is_main_process:
             checkpoints.prune(folder, keep=keep, best_step=position.best_step)
-        except Exception as error:  # re-raised below, after the other ranks were told
-            failure = error
+    except Exception as error:  # re-raised below, after the other ranks were told
+        failure = error
     (failures,) = _sum_over_ranks(accelerator, float(failure is not None))
     if failures:
         raise UserError(
