@@ -99,7 +99,7 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
         loaded = join_encoders(str(config.model.name), task.tokenizer, **_where(config))
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
-    check_length(loaded.model, **{"model.max_length": config.model.max_length})
+    check_length(loaded.model, {"model.max_length": config.model.max_length})
     task.prepare_model(loaded.model)
     return loaded
 

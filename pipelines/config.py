@@ -134,7 +134,7 @@ class TrainSection(Section):
     eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
     eval_steps: int | None = Field(default=None, ge=1)
     eval_on_start: bool = False
-    """Score the untrained model too, on validation and test, to show what training changed."""
+    """Score the model before training too, on validation and test, to show what training changed."""
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
     save_steps: int | None = Field(default=None, ge=1)
     save_total_limit: int = Field(default=2, ge=1)

@@ -6,7 +6,7 @@ seed -> tokenizer -> data (audited) -> model -> LoRA -> optimizer -> accelerator
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from pipelines.scoring import evaluate_split, score_baseline
 from sources.audit import Audit, audit, check, summary
 from sources.readers import fingerprint
 from tasks import TASKS
+from tasks.baselines import Split
 from tasks.protocol import Task
 from training import checkpoints
 from training.batches import examples
@@ -48,6 +49,9 @@ from training.loop import Trainee, train
 from training.sharding import is_sharded
 from training.tracking import Tracker, truncate_history, wandb_sinks
 
+Baselines = dict[str, dict[str, dict[str, Any]]]
+"""For each split what the model has to beat, by name, with its metrics."""
+BEFORE_TRAINING = "before training"
 NOT_A_SCORE = ("best_f1_thresh",)
 """Metrics that are neither better when greater nor when less."""
 
@@ -89,6 +93,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     eval_batch_size = config.train.per_device_eval_batch_size
+    baselines = score_baselines(data)
     check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size)
     position = resume(run, config, trainee, data=data.fingerprints, console=console)
     if accelerator.is_main_process:
@@ -108,9 +113,11 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
             intervals=intervals,
         )
 
-    before = score_before(
-        run, data, trainee, console, score=score if config.train.eval_on_start else None, position=position
-    )
+    if config.train.eval_on_start:
+        baselines = merged(baselines, score_before_training(run, position, score, splits=list(baselines)))
+    if accelerator.is_main_process:
+        write_json(run.baselines, baselines)
+        tell(console, *described(baselines, task.headline))
     position = train(
         trainee,
         features["train"],
@@ -127,7 +134,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     if accelerator.is_main_process:
         model = plain_model(config, trainee, features["train"], best)
         finish(run, config, task, model, features["train"], metrics, console)
-        show_end(console, metrics, before, folder=str(run.folder), task=task.name)
+        show_end(console, metrics, baselines, folder=str(run.folder), task=task.name)
     accelerator.wait_for_everyone()
     return run.folder
 
@@ -238,31 +245,37 @@ def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: dict[str, str
     return position
 
 
-def score_before(
-    run: Run,
-    data: Prepared,
-    trainee: Trainee,
-    console: Console,
-    *,
-    score: Callable[[str], dict[str, Any]] | None,
-    position: Position,
-) -> dict[str, dict[str, Any]]:
-    """What the model has to beat on each split: a simple rule and, if ``score`` is given, itself before training.
+def score_baselines(data: Prepared) -> Baselines:
+    """What the task's rule, learned from the training rows, scores on each other split."""
+    pairs = {split: Split(rows, data.features[split]) for split, rows in data.rows.items()}
+    return {s: score_baseline(data.task, pairs["train"], pair) for s, pair in pairs.items() if s != "train"}
 
-    A run that goes on shows what its beginning found.
-    """
-    if position.step:
-        return json.loads(run.baselines.read_text(encoding="utf-8")) if run.baselines.is_file() else {}
-    task, splits = trainee.task, [split for split in data.rows if split != "train"]
-    untrained = {split: {"untrained": score(split)} for split in splits} if score else {}
-    if not trainee.accelerator.is_main_process:
-        return untrained
-    found = {s: score_baseline(task, data.rows["train"], data.rows[s]) | untrained.get(s, {}) for s in splits}
-    for split, rules in found.items():
-        for name, metrics in rules.items():
-            tell(console, f"{split}, {name}: {task.headline} {metrics[task.headline]:.4f}")
-    write_json(run.baselines, found)
-    return found
+
+def score_before_training(
+    run: Run, position: Position, score: Callable[[str], dict[str, Any]], *, splits: Sequence[str]
+) -> Baselines:
+    """The same of the model before its first update; a run that goes on keeps what its beginning found."""
+    if not position.step:
+        return {split: {BEFORE_TRAINING: score(split)} for split in splits}
+    stored = json.loads(run.baselines.read_text(encoding="utf-8")) if run.baselines.is_file() else {}
+    return {
+        split: {name: found for name, found in stored.get(split, {}).items() if name == BEFORE_TRAINING}
+        for split in splits
+    }
+
+
+def merged(one: Baselines, other: Baselines) -> Baselines:
+    """Both, split by split."""
+    return {split: found | other[split] for split, found in one.items()}
+
+
+def described(baselines: Baselines, headline: str) -> list[str]:
+    """A line for each, with its headline metric."""
+    return [
+        f"{split}, {name}: {headline} {metrics[headline]:.4f}"
+        for split, found in baselines.items()
+        for name, metrics in found.items()
+    ]
 
 
 def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Console) -> Tracker:

@@ -37,6 +37,7 @@ def open_model(checkpoint: str, overrides: list[str], console: Console | None) -
     Args:
         checkpoint: ``runs/ner``, ``runs/ner/model``, or any folder that holds a ``heedful.json``.
         overrides: ``a.b=value``, on top of the run's own configuration where there is one.
+        console: None makes the usual one.
 
     Raises:
         UserError: It is no such folder, or a file of it was changed.

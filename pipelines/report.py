@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tasks import TASKS
@@ -18,23 +18,24 @@ Metrics = Mapping[str, Mapping[str, float | list[float]]]
 PREVIEW_TOKENS = 200
 
 
-def metrics_table(metrics: Metrics, before: Mapping[str, Metrics] | None = None) -> Table:
+def metrics_table(metrics: Metrics, baselines: Mapping[str, Metrics] | None = None) -> Table:
     """One row a split and metric, with its interval. Metrics of single classes stay in metrics.json.
 
     Args:
-        before: For each split what else was scored on it, by name, each a column: a simple rule, the untrained model.
+        baselines: For each split what else was scored on it, by name, each a column.
     """
-    others = list(dict.fromkeys(name for rules in (before or {}).values() for name in rules))
-    table = Table("split", "metric", "value", "95 % interval", *others, title="metrics")
+    names = list(dict.fromkeys(name for found in (baselines or {}).values() for name in found))
+    # As Text, since a name may hold a label of the user's, and Table reads markup into plain strings.
+    table = Table("split", "metric", "value", "95 % interval", *(Column(Text(name)) for name in names), title="metrics")
     for split, values in metrics.items():
-        for name, value in values.items():
-            if isinstance(value, list) or name.startswith("f1_"):
+        beside = (baselines or {}).get(split, {})
+        for metric, value in values.items():
+            if isinstance(value, list) or metric.startswith("f1_"):
                 continue
-            interval = values.get(f"{name}_ci95")
+            interval = values.get(f"{metric}_ci95")
             shown = f"{interval[0]:.4f} - {interval[1]:.4f}" if isinstance(interval, list) else ""
-            rules = (before or {}).get(split, {})
-            scores = [rules.get(other, {}).get(name) for other in others]
-            table.add_row(split, name, f"{value:.4f}", shown, *(f"{s:.4f}" if s is not None else "" for s in scores))
+            others = [f"{beside[name][metric]:.4f}" if metric in beside.get(name, {}) else "" for name in names]
+            table.add_row(split, metric, f"{value:.4f}", shown, *others)
     return table
 
 
@@ -57,10 +58,10 @@ def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
     return text
 
 
-def show_end(console: Console, metrics: Metrics, before: Mapping[str, Metrics], *, folder: str, task: str) -> None:
+def show_end(console: Console, metrics: Metrics, baselines: Mapping[str, Metrics], *, folder: str, task: str) -> None:
     """The end of a run: the figures, where everything is, and what to do next."""
     if metrics:
-        console.print(metrics_table(metrics, before))
+        console.print(metrics_table(metrics, baselines))
     model = shlex.quote(f"{folder}/model")
     console.print(
         f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={model}"

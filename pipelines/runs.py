@@ -25,6 +25,7 @@ from training.checkpoints import write_json
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "tokenizers", "numpy")
 FREE_TO_CHANGE = (
     "resume",
+    "train.eval_on_start",
     "output_dir",
     "tracking",
     "train.logging_steps",
@@ -62,7 +63,7 @@ class Run:
 
     @property
     def baselines(self) -> Path:
-        """What the model has to beat: a simple rule, and itself before training."""
+        """What the model has to beat: a simple rule and, if asked for, itself before training."""
         return self.folder / "baselines.json"
 
     def require_writable(self) -> None:
@@ -71,8 +72,8 @@ class Run:
         Raises:
             UserError: The folder can not be made, or not be written to.
         """
-        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         try:
+            nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
             with TemporaryDirectory(dir=nearest):
                 pass
         except OSError as error:
@@ -97,7 +98,14 @@ class Run:
         number = 1
         while (former := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
-        return self.folder.rename(former)
+        try:
+            return self.folder.rename(former)
+        except OSError as error:
+            raise UserError(
+                f"a former run that can not be moved aside to {former}: {error.strerror}",
+                where=f"output_dir={self.folder}",
+                fix="output_dir=ANOTHER",
+            ) from error
 
 
 def find_checkpoint(run: Run, config: RunConfig, *, say: Callable[[str], None]) -> Path | None:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from tasks.baselines import baseline
+from tasks.baselines import Split, baseline
 from tasks.protocol import Output, Task
 from tasks.uncertainty import bootstrap
 from training.evaluation import predict
@@ -37,10 +37,10 @@ def evaluate_split(
     return broadcast_object_list(result)[0]  # type: ignore[no-any-return]
 
 
-def score_baseline(task: Task, train: datasets.Dataset, rows: datasets.Dataset) -> dict[str, dict[str, float]]:
+def score_baseline(task: Task, train: Split, test: Split) -> dict[str, dict[str, float]]:
     """The metrics of the task's rule (``tasks.baselines``) under its name; empty where it has none."""
-    found = baseline(task, train, rows)
-    return {} if found is None else {found[0]: task.score(found[1], rows)}
+    found = baseline(task, train, test)
+    return {} if found is None else {found[0]: task.score(found[1], test.rows)}
 
 
 def _score(task: Task, outputs: list[Output], rows: datasets.Dataset, *, intervals: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     make bench-peer                                              # NER: speed, the update's invariance, one whole run
     make bench-peer ARGS="quality --task classification --seeds 5"
+    make bench-peer ARGS="decoding --task summarization"         # against a plain loop around generate
 
 Each side trains in a process of its own (``scripts/peer.py``), so that memory and imports are its own. The sides take
 turns, and so does which goes first: a machine that drifts changes both.
@@ -29,6 +30,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from pipelines.config import load
+from tasks import TASKS
+
 Report = dict[str, Any]
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -46,6 +50,7 @@ ONE_UPDATE = (
     "train.max_steps=1",
     "train.batch_size=8",
     "train.bf16=false",
+    "lora.r=null",
     "data.max_train_samples=500",
 )
 """A step that shows the gradient itself: AdamW's hides its scale, clipping too."""
@@ -77,7 +82,7 @@ class Settings:
     warmup: int
     seeds: int
     overrides: tuple[str, ...]
-    kept: Path | None = None
+    keep: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def measure_quality(task: str, settings: Settings) -> Section:
     reports = []
     for seed, sides in enumerate(_turns(["heedful", "trainer"], settings.seeds)):
         overrides = (*settings.overrides, f"seed={seed}")
-        reports += [_whole_run(side, task, overrides, kept=settings.kept) for side in sides]
+        reports += [_whole_run(side, task, overrides, keep=settings.keep) for side in sides]
     title = f"Whole runs, {_stem(task)}: seeds 0 to {settings.seeds - 1}"
     command = f"quality --task {task} --seeds {settings.seeds}"
     return Section(f"quality-{_stem(task)}", title, command, reports, quality_tables(reports))
@@ -284,7 +289,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Whole runs of each side.")] = 1,
     override: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, for both sides.")] = None,
     write: Annotated[
-        Path | None, typer.Option(help="A Markdown file to put the tables into; the raw figures go beside it, as JSON.")
+        Path | None, typer.Option(help="A Markdown file for the tables; the raw figures go to a folder of its name.")
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Store whole runs here as they end, and use those that are there.")
@@ -294,6 +299,8 @@ def main(
     settings = Settings(pairs, steps, max(1, steps // 5), seeds, tuple(override or ()), keep)
     for mode in modes or [Mode.SPEED, Mode.INVARIANCE, Mode.QUALITY]:
         for name in task or ["ner"]:
+            if mode is Mode.DECODING and "decoding" not in TASKS[load(_config(name)).task].options.model_fields:
+                raise typer.BadParameter(f"{name} writes no text: --task summarization", param_hint="decoding")
             section = MEASURES[mode](name, settings)
             facts = circumstances(section, settings)
             preface = f"`{facts['command']}`. " + ", ".join(f"{k}: {v}" for k, v in facts.items() if k != "command")
@@ -305,16 +312,21 @@ def main(
                 raw.write_text(json.dumps({**facts, "reports": section.reports}, indent=1) + "\n", encoding="utf-8")
 
 
-def _whole_run(side: str, task: str, overrides: Sequence[str], *, kept: Path | None) -> Report:
+def _whole_run(side: str, task: str, overrides: Sequence[str], *, keep: Path | None) -> Report:
     """One side's scored run, or the report of the same run that an earlier call kept: hours need not be lost."""
-    if kept is None:
+    if keep is None:
         return run_side(side, task, overrides, "--scored")
     run = "\n".join([Path(_config(task)).read_text(encoding="utf-8"), *overrides])
-    path = kept / f"{_stem(task)}-{side}-{sha256(run.encode()).hexdigest()[:12]}.json"
-    if not path.is_file():
-        kept.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run_side(side, task, overrides, "--scored")), encoding="utf-8")
-    report: Report = json.loads(path.read_text(encoding="utf-8"))
+    path = keep / f"{_stem(task)}-{side}-{sha256(run.encode()).hexdigest()[:12]}.json"
+    if path.is_file():
+        report: Report = json.loads(path.read_text(encoding="utf-8"))
+        typer.echo(f"{path}: kept from commit {report['commit']}", err=True)
+        return report
+    report = run_side(side, task, overrides, "--scored")
+    keep.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(report), encoding="utf-8")
+    aside.replace(path)
     return report
 
 

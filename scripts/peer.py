@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -261,9 +262,11 @@ def run_side(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """What the figures were taken on, and with which code."""
     on_gpu = torch.cuda.is_available()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
+        "commit": commit.stdout.strip(),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "native_bf16": supports_bf16(torch.device("cuda" if on_gpu else "cpu")),
         "threads": torch.get_num_threads(),

@@ -3,55 +3,68 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import torch
 import typer
+from accelerate import Accelerator
 
 from pipelines.config import load
 from pipelines.preparation import build_accelerator
 from scripts.peer import Parts, machine, now, peak_mib, prepare
+from tasks.protocol import Task
 from training.evaluation import predict
 
 
-def answer(parts: Parts) -> list[Sequence[int]]:
-    """As ``heedful evaluate`` does: batches of like lengths."""
-    config, model = parts.config, parts.loaded.model
-    accelerator = build_accelerator(bf16=config.train.bf16)
-    size = config.train.per_device_eval_batch_size
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    predictions = predict(parts.task, model, parts.features["test"], accelerator=accelerator, batch_size=size)
-    return [prediction["generated"].tolist() for prediction in predictions]
+@dataclass(frozen=True)
+class Answerer:
+    """A model on its device, and the features to answer."""
 
+    task: Task
+    model: Any
+    accelerator: Accelerator
+    options: Any
+    batch_size: int
 
-def answer_plainly(parts: Parts) -> list[Sequence[int]]:
-    """As in transformers' examples: batches in the order of the data, padded, and ``generate``."""
-    model: Any = parts.loaded.model.eval()
-    options: Any = parts.config.options
-    tokenizer, size = parts.task.tokenizer, parts.config.train.per_device_eval_batch_size
-    encoder_decoder, features = model.config.is_encoder_decoder, parts.features["test"]
-    prompts = [
-        {"input_ids": feature["input_ids"][: None if encoder_decoder else feature["prompt_length"]]}
-        for feature in features
-    ]
-    answers: list[Sequence[int]] = []
-    for first in range(0, len(prompts), size):
+    def as_heedful(self, features: datasets.Dataset) -> list[list[int]]:
+        """As ``heedful evaluate`` does: batches of like lengths."""
+        found = predict(self.task, self.model, features, accelerator=self.accelerator, batch_size=self.batch_size)
+        return [prediction["generated"].tolist() for prediction in found]
+
+    def plainly(self, features: datasets.Dataset) -> list[list[int]]:
+        """As in transformers' examples: batches in the order of the data, padded, and ``generate``."""
+        answers: list[list[int]] = []
+        for first in range(0, len(features), self.batch_size):
+            ids, start = self._generate(features[first : first + self.batch_size])
+            answers += ids[:, start:].tolist()
+        return answers
+
+    def _generate(self, rows: Mapping[str, Any]) -> tuple[Any, int]:
+        encoder_decoder, prompts = self.model.config.is_encoder_decoder, rows["input_ids"]
+        if not encoder_decoder:
+            prompts = [ids[:length] for ids, length in zip(prompts, rows["prompt_length"], strict=True)]
         side = "right" if encoder_decoder else "left"
-        batch = tokenizer.pad(prompts[first : first + size], padding_side=side, return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            ids = model.generate(
-                **batch,
-                max_new_tokens=options.decoding.max_new_tokens,
-                num_beams=options.decoding.num_beams,
-                do_sample=False,
-            )
-        answers += ids[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :].tolist()
-    return answers
+        batch = self.task.tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
+        decoding = {"max_new_tokens": self.options.max_new_tokens, "num_beams": self.options.num_beams}
+        with torch.inference_mode(), self.accelerator.autocast():
+            ids = self.model.generate(**batch.to(self.accelerator.device), **decoding, do_sample=False)
+        return ids, 1 if encoder_decoder else batch["input_ids"].shape[1]
 
 
-SIDES = {"heedful": answer, "trainer": answer_plainly}
+SIDES = {"heedful": Answerer.as_heedful, "trainer": Answerer.plainly}
+
+
+def answerer(parts: Parts) -> Answerer:
+    """Both sides start from the same."""
+    train = parts.config.train
+    accelerator = build_accelerator(bf16=train.bf16)
+    model = parts.loaded.model.eval().to(accelerator.device)
+    options: Any = parts.config.options
+    return Answerer(parts.task, model, accelerator, options.decoding, train.per_device_eval_batch_size)
 
 
 def main(
@@ -62,11 +75,13 @@ def main(
 ) -> None:
     """Run one side of the comparison in this process."""
     parts = prepare(load(config, overrides or []), splits=("train", "test"), max_features=None, dropout=True)
+    ready, features, answer = answerer(parts), parts.features["test"], SIDES[side]
+    answer(ready, features.select(range(min(len(features), ready.batch_size))))  # to warm up
     start = now()
-    answers = SIDES[side](parts)
+    answers = answer(ready, features)
     seconds = now() - start
     filling = {parts.task.tokenizer.pad_token_id, parts.task.tokenizer.eos_token_id}
-    tokens = sum(_written(answer, filling) for answer in answers)
+    tokens = sum(token not in filling for ids in answers for token in ids)
     report = {
         "side": side,
         "task": parts.task.name,
@@ -78,10 +93,6 @@ def main(
         **machine(),
     }
     out.write_text(json.dumps(report), encoding="utf-8")
-
-
-def _written(answer: Iterable[int], filling: set[Any]) -> int:
-    return sum(token not in filling for token in answer)
 
 
 if __name__ == "__main__":

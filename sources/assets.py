@@ -26,7 +26,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from heedful import UserError
 from sources.cards import write_card
 from sources.conversions import CONVERSIONS
-from sources.files import open_up, sha256_of, sync
+from sources.files import sha256_of, share_mode, sync
 from sources.packages import Package, download, room, unpack
 
 Say = Callable[[str], None]
@@ -204,7 +204,7 @@ def _build(asset: Asset, work: Path, package: Path, *, target: Path) -> None:
             language=asset.language,
             notice=asset.notice,
         )
-    open_up(made)
+    share_mode(made)
     _write_record(asset, made)
     sync(*made.rglob("*"), made)
     os.replace(made, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,11 +14,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_up(folder: Path) -> None:
-    """Let who may read the folder read its files: safetensors writes them for the owner alone, whatever the umask."""
+def share_mode(folder: Path) -> None:
+    """Let who may read the folder read its files: safetensors writes them for the owner alone, whatever the umask.
+
+    A file system without modes (vfat, some network shares) has nothing to share, and loses nothing.
+    """
+    mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(folder.stat().st_mode & 0o666)
+            with suppress(OSError):
+                path.chmod(mode)
 
 
 def sync(*paths: Path) -> None:

@@ -293,5 +293,5 @@ def _check_windows(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length
     where = "classification.long_documents"
     if "text_pair" in rows[0]:
         raise UserError("windows over a pair of texts", where=where, expected="a single text", fix="use truncate")
-    require_fast(tokenizer)
+    require_fast(tokenizer, fix=f"{where}=truncate")
     window_room(tokenizer, max_length, stride=stride)

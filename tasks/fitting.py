@@ -74,8 +74,8 @@ def pad_as(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None
         tokenizer.padding_side = "right"
 
 
-def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that does not tell where in the text its tokens are; only Marian's has no fast version.
+def require_fast(tokenizer: PreTrainedTokenizerBase, *, fix: str = "use a checkpoint with a tokenizer.json") -> None:
+    """Refuse a tokenizer that does not tell where in the text its tokens are, as Marian's and ByT5's.
 
     Raises:
         UserError: It is a slow one.
@@ -83,9 +83,9 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise UserError(
             f"{type(tokenizer).__name__}, a slow tokenizer, which does not tell where in the text its tokens are",
-            where="model.name",
+            where="the model's tokenizer",
             expected="a fast tokenizer",
-            fix="use a checkpoint with a tokenizer.json",
+            fix=fix,
         )
 
 

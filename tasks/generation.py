@@ -131,7 +131,7 @@ class Generation:
         causal.check_causal(model)
         if self.form != "text":
             answer = {"generation.decoding.max_new_tokens": self.options.decoding.max_new_tokens}
-            check_length(model, **{"model.max_length": self.max_length}, **answer)
+            check_length(model, {"model.max_length": self.max_length} | answer)
         if self.form == "chat":
             end_with(model, self.tokenizer, answer_end(self.tokenizer))
         if self.packing and not keeps_apart(model):

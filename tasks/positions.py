@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from heedful import UserError
 
 
-def check_length(model: nn.Module, **tokens: int) -> None:
+def check_length(model: nn.Module, tokens: Mapping[str, int]) -> None:
     """Refuse more tokens than the model has positions for.
 
     Args:

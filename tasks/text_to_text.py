@@ -60,7 +60,7 @@ class TextToText:
     @property
     def name(self) -> str:
         """``summarization`` or ``translation``."""
-        return "translation" if isinstance(self.options, TranslationOptions) else "summarization"
+        return _name(self.options)
 
     @property
     def headline(self) -> str:
@@ -130,9 +130,12 @@ class TextToText:
         if self.decoder_start is None:
             causal.check_causal(model)
             before = {"model.max_length": self.max_length}
-        check_length(model, **before, **{f"{self.name}.max_target_length": self.options.max_target_length})
-        answer = {f"{self.name}.decoding.max_new_tokens": self.options.decoding.max_new_tokens}
-        check_length(model, **before, **answer)
+        written = {
+            "max_target_length": self.options.max_target_length,
+            "decoding.max_new_tokens": self.options.decoding.max_new_tokens,
+        }
+        for name, tokens in written.items():
+            check_length(model, before | {f"{self.name}.{name}": tokens})
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the head is the checkpoint's."""
@@ -214,7 +217,8 @@ class TextToText:
         """Count the tokens of sources and targets, and how many of them were cut off."""
         prefix = self.options.source_prefix
         sources, targets = [prefix + row["source"] for row in rows], [row["target"] for row in rows if "target" in row]
-        whole = {"source_tokens": self._sizes(sources), "target_tokens": self._sizes(targets)}
+        side = "text" if self.decoder_start is None else "text_target"
+        whole = {"source_tokens": self._sizes(sources), "target_tokens": self._sizes(targets, side=side)}
         special = 1 if self.decoder_start is None else self.tokenizer.num_special_tokens_to_add()
         limits = {"source_tokens": self._source_room(), "target_tokens": self.options.max_target_length - special}
         counts = {name: sum(sizes) for name, sizes in whole.items()}
@@ -273,10 +277,11 @@ class TextToText:
         ends = [_end(offsets, room) for offsets in encoded["offset_mapping"]]
         return [text[:end] for text, end in zip(texts, ends, strict=True)]
 
-    def _sizes(self, texts: Sequence[str]) -> list[int]:
+    def _sizes(self, texts: Sequence[str], *, side: str = "text") -> list[int]:
         if not texts:
             return []
-        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+        encoded = self.tokenizer(**{side: list(texts)}, add_special_tokens=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
 
 def _end(offsets: Sequence[tuple[int, int]], room: int) -> int | None:
@@ -301,6 +306,10 @@ def _languages(options: TextToTextOptions) -> dict[str, str]:
     return {"src_lang": options.source_lang, "tgt_lang": options.target_lang}
 
 
+def _name(options: TextToTextOptions) -> str:
+    return "translation" if isinstance(options, TranslationOptions) else "summarization"
+
+
 def _check_source_settings(options: TextToTextOptions, *, encoder_decoder: bool) -> None:
     """Refuse the setting that the other kind of model takes its sources by."""
     idle, useful = ("prompt_template", "source_prefix") if encoder_decoder else ("source_prefix", "prompt_template")
@@ -308,6 +317,7 @@ def _check_source_settings(options: TextToTextOptions, *, encoder_decoder: bool)
     if (value := getattr(options, idle)) != type(options).model_fields[idle].default:
         raise UserError(
             f"{idle}={value!r} has no effect on {'an encoder-decoder' if encoder_decoder else 'a decoder-only model'}",
+            where=f"{_name(options)}.{idle}",
             fix=f"write it into {useful}",
         )
 
@@ -317,7 +327,8 @@ def _suggest_prefix(model_config: PreTrainedConfig, options: TextToTextOptions) 
     prefixes = getattr(model_config, "task_specific_params", None) or {}
     if model_config.model_type == "t5" and not options.source_prefix and prefixes:
         known = ", ".join(repr(p["prefix"]) for p in prefixes.values() if "prefix" in p)
-        logger.warning("! this T5 was trained with prefixes (%s) and source_prefix is not set", known)
+        setting = f"{_name(options)}.source_prefix"
+        logger.warning("! this T5 was trained with prefixes (%s) and %s is not set", known, setting)
 
 
 def _check_languages(tokenizer: PreTrainedTokenizerBase, options: TextToTextOptions) -> None:

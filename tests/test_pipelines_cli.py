@@ -74,13 +74,21 @@ def test_finetune_leaves_what_the_contract_names(project, cli_run):
     assert classifier("the cat sat")[0]["label"] in {"a", "b"}
 
 
-def test_the_untrained_model_is_scored_too(project, cli_run):
+def test_the_model_is_scored_before_training_too(project, cli_run):
     """A learning rate that moves nothing leaves the score where it was."""
     code, _, log = cli_run("finetune", "run.yaml", "train.eval_on_start=true", "train.learning_rate=1e-30")
     assert code == 0, log
     before, after = (json.loads(Path(f"runs/run/{n}.json").read_text())["validation"] for n in ("baselines", "metrics"))
-    assert before["untrained"] == {name: value for name, value in after.items() if not name.endswith("_ci95")}
-    assert "validation, untrained: accuracy" in log
+    assert before["before training"] == {name: value for name, value in after.items() if not name.endswith("_ci95")}
+    assert "validation, before training: accuracy" in log
+
+
+def test_a_label_is_no_markup(project, cli_run):
+    Path("train.csv").write_text(GOOD.replace(",a", ",[/x]"))
+    Path("dev.csv").write_text(GOOD.replace(",a", ",[/x]"))
+    code, _, log = cli_run("finetune", "run.yaml")
+    assert code == 0, log
+    assert "always [/x]" in " ".join(log.split())
 
 
 @pytest.mark.parametrize("place", ["train.csv", "train.csv/run", "/proc/run"])
@@ -143,6 +151,9 @@ def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
     scores = json.loads(cli_run("evaluate", "runs/run")[1])["validation"]
     assert scores == {name: pytest.approx(value, rel=1e-6) for name, value in stored.items()}
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in ("opus", "runs/run/model"))
+    targets = [row["target"] for row in map(json.loads, Path("train.jsonl").read_text().splitlines())]
+    counted = json.loads(Path("runs/run/audit.json").read_text())["losses"]["train"]["target_tokens"]
+    assert counted == sum(map(len, before(text_target=targets, add_special_tokens=False)["input_ids"]))
     for kind in ("text", "text_target"):
         assert after(**{kind: "the cat sat"})["input_ids"] == before(**{kind: "the cat sat"})["input_ids"]
     with pytest.raises(UserError, match="MarianTokenizer, a slow tokenizer"):

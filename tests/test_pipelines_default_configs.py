@@ -55,4 +55,4 @@ def test_a_step_of_each_configuration(path, tmp_path, monkeypatch, cli_run):
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics.keys() == {"validation", "test"}
     before = json.loads((tmp_path / "run/baselines.json").read_text())
-    assert ("untrained" in before.get("test", {})) == loaded.train.eval_on_start
+    assert ("before training" in before.get("test", {})) == loaded.train.eval_on_start

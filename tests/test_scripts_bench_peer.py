@@ -66,36 +66,62 @@ def test_whole_runs_of_both_sides_see_the_same_tokens_and_take_turns(config, sid
     assert "heedful, test accuracy" in section.tables
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_task_that_writes_is_trained_and_decoded_by_both_sides(family, tmp_path, monkeypatch):
-    tokenizer = make_decoder_tokenizer() if family == "llama" else make_seq2seq_tokenizer()
+@pytest.fixture(params=["t5", "llama"])
+def writing_config(request, tmp_path):
+    """Twelve texts to summarize, all in one batch: the mean loss is the same whatever their order."""
+    tokenizer = make_decoder_tokenizer() if request.param == "llama" else make_seq2seq_tokenizer()
     tokenizer.pad_token = "[PAD]"
-    save_body(family, tmp_path / "model", tokenizer=tokenizer)
+    save_body(request.param, tmp_path / "model", tokenizer=tokenizer)
     for split in ("train", "test"):
         make_rows("summarization", 12).remove_columns("row").to_parquet(tmp_path / f"{split}.parquet")
     content = {
         "task": "summarization",
         "model": {"name": str(tmp_path / "model"), "max_length": 32},
         "data": {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")},
-        "train": {"batch_size": 12, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0},
+        "train": {"batch_size": 12, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
+        | {"per_device_eval_batch_size": 5},
         "summarization": {"max_target_length": 8, "decoding": {"max_new_tokens": 4}},
     }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "tiny.yaml"
 
-    def parts(*overrides):
-        overrides = ("train.per_device_eval_batch_size=5", *overrides)
-        return peer.prepare(load(path, overrides), splits=("train", "test"), max_features=None, dropout=False)
 
-    ours, theirs = parts(), parts()
-    answers = zip(peer_decoding.answer(ours), peer_decoding.answer_plainly(theirs), strict=True)
-    assert all(one[: len(other)] == other[: len(one)] for one, other in answers)  # but for the padding
+def parts_of(path, *overrides):
+    return peer.prepare(load(path, overrides), splits=("train", "test"), max_features=None, dropout=False)
+
+
+def test_one_update_of_a_task_that_writes_is_the_same_on_both_sides(writing_config):
+    ours, theirs = parts_of(writing_config), parts_of(writing_config)
     before = flat(ours.loaded.model)
     for side, part in (("heedful", ours), ("trainer", theirs)):
         assert peer.run_side(side, part, warmup=0)["steps"] == 1
     move, other = (flat(part.loaded.model) - before for part in (ours, theirs))
-    assert 0 < (move - other).norm() < 1e-4 * move.norm()  # all rows in one batch: the same mean loss
-    assert peer.run_side("trainer", parts("lora.r=2"), warmup=0)["steps"] == 1
+    assert 0 < (move - other).norm() < 1e-4 * move.norm()
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_trainer_trains_an_adapter_where_heedful_does(writing_config):
+    parts = parts_of(writing_config, "lora.r=2")
+    assert peer.run_side("trainer", parts, warmup=0)["steps"] == 1
+    trained = [name for name, p in parts.loaded.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_decoding_is_compared_on_the_same_answers(writing_config, tmp_path, monkeypatch):
+    ready = peer_decoding.answerer(parts := parts_of(writing_config))
+    both = zip(ready.as_heedful(parts.features["test"]), ready.plainly(parts.features["test"]), strict=True)
+    assert all(one[: len(other)] == other[: len(one)] for one, other in both)  # but for the padding
+
+    def run_here(side, task, overrides, *, script):
+        peer_decoding.main(side, Path(task), tmp_path / "out.json", list(overrides))
+        return json.loads((tmp_path / "out.json").read_text())
+
+    monkeypatch.setattr(bench_peer, "run_side", run_here)
+    section = bench_peer.measure_decoding(str(writing_config), Settings(2, 0, 0, 0, ()))
+    ours, theirs = section.reports[0], section.reports[1]
+    assert (ours["side"], theirs["side"], ours["tokens"]) == ("heedful", "trainer", theirs["tokens"])
+    assert "| tokens/s, heedful / plain generate |" in section.tables
 
 
 def flat(model):
@@ -103,7 +129,7 @@ def flat(model):
 
 
 def test_a_kept_run_is_not_run_again_unless_its_configuration_changed(config, sides_here, tmp_path):
-    settings = Settings(1, 5, 1, 1, (), kept=tmp_path / "kept")
+    settings = Settings(1, 5, 1, 1, (), keep=tmp_path / "kept")
     first = bench_peer.measure_quality(config, settings)
     again = bench_peer.measure_quality(config, settings)
     assert (sides_here, again.reports) == (["heedful", "trainer"], first.reports)

@@ -8,7 +8,7 @@ from tiny_families import TEXTS, make_config, make_decoder_tokenizer, make_maski
 from tiny_text import make_tokenizer
 
 from tasks import TASKS
-from tasks.baselines import BASELINES, baseline
+from tasks.baselines import BASELINES, Split, baseline
 
 
 def table(**columns):
@@ -22,6 +22,14 @@ def build(name, tokenizer, rows, **options):
     return entry.load().build(tokenizer, rows, **given)
 
 
+def split(task, rows, *, training=False):
+    return Split(rows, datasets.Dataset.from_dict(task.encode(rows[:], training=training)))
+
+
+def answers(task, train, rows):
+    return baseline(task, split(task, train, training=True), split(task, rows))
+
+
 def test_every_rule_is_of_a_task():
     assert BASELINES.keys() <= TASKS.keys()
 
@@ -31,20 +39,20 @@ def test_the_most_frequent_label(labels):
     train = table(text=["x", "y", "z"], label=labels)
     task = build("classification", make_tokenizer("bert", TEXTS), train)
     rows = table(text=["u", "v"], label=labels[:2])
-    name, outputs = baseline(task, train, rows)
+    name, outputs = answers(task, train, rows)
     assert name == f"always {labels[0]}"
     assert task.score(outputs, rows)["accuracy"] == 0.5
 
 
 def test_no_rule_for_numbers():
     train = table(text=["x", "y"], label=[0.5, 1.5])
-    assert baseline(build("classification", make_tokenizer("bert", TEXTS), train), train, train) is None
+    assert answers(build("classification", make_tokenizer("bert", TEXTS), train), train, train) is None
 
 
 def test_the_first_words_as_many_as_a_target_has():
     train = table(source=["a b c d"] * 3, target=["a", "b c", "d e f g h"])
     task = build("summarization", make_seq2seq_tokenizer(), train)
-    name, outputs = baseline(task, train, table(source=["one two  three", "four"], target=["-", "-"]))
+    name, outputs = answers(task, train, table(source=["one two  three", "four"], target=["-", "-"]))
     assert name == "first 2 words"
     assert outputs == [{"generated": "one two"}, {"generated": "four"}]
 
@@ -52,7 +60,7 @@ def test_the_first_words_as_many_as_a_target_has():
 def test_the_source_copied():
     train = table(source=["Madrid, 1990"], target=["Madrid, 1990"])
     task = build("translation", make_seq2seq_tokenizer(), train)
-    _, outputs = baseline(task, train, train)
+    _, outputs = answers(task, train, train)
     assert task.score(outputs, train)["chrf"] == pytest.approx(100)
 
 
@@ -60,7 +68,7 @@ def test_unigram_of_texts_is_counted_by_hand():
     tokenizer = make_decoder_tokenizer()
     train, rows = table(text=["aab", "ab"]), table(text=["ba", "c"])
     task = build("generation", tokenizer, train, packing=True)
-    _, outputs = baseline(task, train, rows)
+    _, outputs = answers(task, train, rows)
     assert [tokenizer.tokenize(text) for text in ("aab", "ab", "ba", "c")] == [
         ["Ġa", "a", "b"],
         ["Ġa", "b"],
@@ -75,18 +83,21 @@ def test_unigram_of_texts_is_counted_by_hand():
     assert [output["tokens"] for output in outputs] == [3, 2]
 
 
-def test_unigram_is_asked_for_the_tokens_that_the_model_is_asked_for():
+def test_unigram_of_masked_tokens_is_counted_by_hand():
     tokenizer = make_masking_tokenizer()
-    rows = table(text=TEXTS)
-    task = build("mlm", tokenizer, rows)
-    _, outputs = baseline(task, rows, rows)
+    train, rows = table(text=["the cat sat", "the cat"]), table(text=["the", "moon the"])
+    task = build("mlm", tokenizer, train, mlm_probability=0.5)
+    _, outputs = answers(task, train, rows)
+    words = tokenizer("the cat sat the cat", add_special_tokens=False)["input_ids"]
     features = task.encode(rows[:], training=False)
     examples = [dict(zip(features, cells, strict=True)) for cells in zip(*features.values(), strict=True)]
-    masked = [int(task.count(task.collate([example]))) for example in examples]
-    assert [output["tokens"] for output in outputs] == masked
-    assert task.score(outputs, rows)["perplexity"] < len(tokenizer)
+    for output, example in zip(outputs, examples, strict=True):
+        masked = [label for label in task.collate([example])["labels"][0].tolist() if label != -100]
+        nats = [math.log(len(words) + len(tokenizer)) - math.log(1 + words.count(token)) for token in masked]
+        assert (output["tokens"], output["nll"]) == (len(masked), pytest.approx(sum(nats)))
+    assert outputs[0]["tokens"] == 1
 
 
 def test_no_rule_for_prompts():
     rows = table(prompt=["a"], completion=["b"])
-    assert baseline(build("generation", make_decoder_tokenizer(), rows), rows, rows) is None
+    assert answers(build("generation", make_decoder_tokenizer(), rows), rows, rows) is None

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import UserError
-from sources.files import open_up, sha256_of, sync
+from sources.files import sha256_of, share_mode, sync
 from training.sharding import is_sharded, local
 
 # Reading without the other ranks is meant.
@@ -68,7 +68,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     aside.mkdir(parents=True)
     try:
         fill(aside)
-        open_up(aside)
+        share_mode(aside)
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         write_json(aside / MANIFEST, {str(p.relative_to(aside)): sha256_of(p) for p in files})
         sync(*files, aside / MANIFEST, aside)
