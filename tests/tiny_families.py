@@ -106,11 +106,16 @@ def save_marian(folder):
     """As opus-mt checkpoints are: two SentencePiece models and one vocabulary, which only a slow class reads."""
     folder.mkdir()
     pieces = ["</s>", "<unk>"]
-    for side in ("source", "target"):
+    for side, kind in {"source": "unigram", "target": "char"}.items():
         prefix = str(folder / side)
         texts = iter([text.lower() for text in TEXTS] * 4)
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts, model_prefix=prefix, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+            sentence_iterator=texts,
+            model_prefix=prefix,
+            vocab_size=40,
+            model_type=kind,
+            hard_vocab_limit=False,
+            minloglevel=2,
         )
         (folder / f"{side}.model").rename(folder / f"{side}.spm")
         lines = (folder / f"{side}.vocab").read_text().splitlines()
