@@ -21,7 +21,7 @@ setup: .venv/.ready  ## Make .venv with everything pinned (other targets do it b
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "heedful needs Python 3.11 or newer: make PYTHON=python3.11 ..."'
-	@echo 'setting up .venv with everything pinned: a minute or two the first time'
+	@echo 'setting up .venv with everything pinned: a few minutes the first time'
 	$(PYTHON) -m venv .venv
 	# torch first, by its pinned version: a range would be filled with gigabytes of CUDA packages.
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)

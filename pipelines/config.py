@@ -84,12 +84,12 @@ class DataSection(Section):
     max_eval_samples: int | None = Field(default=None, ge=1)
     stride: int = Field(default=32, ge=0)
     """Tokens that neighbouring windows of a long document share."""
-    delimiter: str | None = None
+    delimiter: str | None = Field(default=None, min_length=1)
     """Between the cells of a csv or tsv file; null is a comma, or a tab."""
     encoding: str = "utf-8"
     quotes: bool = True
     """Whether ``"`` encloses cells."""
-    label_separator: str | None = None
+    label_separator: str | None = Field(default=None, min_length=1)
     """Splits one cell into several labels, e.g. ``|``."""
     max_leak_fraction: float | None = Field(default=None, ge=0, le=1)
     """The run stops when more of the validation or test rows than this stand in train too."""
@@ -340,10 +340,18 @@ def _apply(raw: dict[str, Any], assignment: str) -> None:
         child = raw.get(parent)
         raw[parent] = dict(child) if isinstance(child, dict) else {}
         raw = raw[parent]
+    if _is_sign(text):
+        raw[last] = text
+        return
     try:
         raw[last] = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {assignment!r} is not readable as YAML: {error}", where=key) from error
+
+
+def _is_sign(text: str) -> bool:
+    """A delimiter or separator, of which YAML would make something else: of ``|`` an empty text, of ``#`` null."""
+    return bool(text) and text != "~" and not any(character.isalnum() or character in "\"'[]{}" for character in text)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -378,6 +386,8 @@ def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> tu
         return key, f"unknown key. {_nearest(key, known)}".rstrip()
     if fault["type"] == "missing":
         return key, "required and not given"
+    if isinstance(fault["input"], dict):  # settings that do not go together: the message names them
+        return key, fault["msg"].removeprefix("Value error, ")
     return f"{key}={fault['input']!r}", fault["msg"].removeprefix("Value error, ")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from pipelines.preparation import build_accelerator, build_console
 from tasks.protocol import Task
 from tasks.saved import load_task, read
 from training.models import load_model, load_tokenizer
+
+EFFECTIVE = ("data.", "train.per_device_eval_batch_size", "train.bf16", "model.trust_remote_code", "seed")
+"""Beginnings of the settings that scoring and predicting go by."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def open_model(checkpoint: str, overrides: list[str], console: Console | None) -
     Raises:
         UserError: It is no such folder, or a file of it was changed.
     """
+    refuse_idle(overrides)
     folder = model_folder(checkpoint)
     config = _config_of(folder, overrides)
     trust = config.model.trust_remote_code
@@ -50,6 +55,19 @@ def open_model(checkpoint: str, overrides: list[str], console: Console | None) -
     task = load_task(folder, load_tokenizer(str(folder), trust_remote_code=trust))
     model = load_model(task.auto_class, str(folder), trust_remote_code=trust, **task.model_kwargs()).model
     return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, console, config)
+
+
+def refuse_idle(overrides: Sequence[str]) -> None:
+    """Refuse settings of the training: the model is made.
+
+    Raises:
+        UserError: Naming those that have an effect.
+    """
+    for key in (override.partition("=")[0] for override in overrides):
+        if not key.startswith(EFFECTIVE):
+            raise UserError(
+                f"{key!r} has no effect on a model that is trained", expected=f"one of: {', '.join(EFFECTIVE)}..."
+            )
 
 
 def model_folder(checkpoint: str) -> Path:

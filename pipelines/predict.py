@@ -9,7 +9,8 @@ from rich.console import Console
 
 from heedful import UserError
 from pipelines.inference import open_model
-from pipelines.preparation import dialect, encode
+from pipelines.preparation import dialect, encode, tell
+from sources.audit import loss_lines
 from sources.readers import SUFFIXES, read_rows, rows_from_text
 from tasks import TASKS
 from tasks.protocol import Output
@@ -38,10 +39,12 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
     else:
         rows = rows_from_text(given, columns)
     task.check(rows, where=given[:60])
+    features = encode(task, rows, training=False)
+    tell(opened.console, *loss_lines("INPUT", task.account(features, rows)))
     predictions = predict_features(
         task,
         opened.model,
-        encode(task, rows, training=False),
+        features,
         accelerator=opened.accelerator,
         batch_size=opened.config.train.per_device_eval_batch_size,
     )

@@ -147,7 +147,7 @@ def summary(result: Audit) -> list[str]:
     for split, part in result.lengths.items():
         lines.append(f"{split}: tokens " + ", ".join(f"{name} {value:g}" for name, value in part.items()))
     for split, part in result.losses.items():
-        lines += _loss_lines(split, part)
+        lines += loss_lines(split, part)
     return lines
 
 
@@ -323,7 +323,7 @@ def _found_lines(what: str, found: Mapping[str, Mapping[str, Any]]) -> Iterable[
             yield f"! {what} {name}: {part['normalized']} rows ({part['fraction']:.2%}){exact}; e.g. rows {examples}"
 
 
-def _loss_lines(split: str, part: Mapping[str, float]) -> Iterable[str]:
+def loss_lines(split: str, part: Mapping[str, float]) -> Iterable[str]:
     for name, value in part.items():
         if not value or name.endswith("_fraction"):
             continue

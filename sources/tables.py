@@ -28,7 +28,7 @@ from heedful import UserError
 
 log = logging.getLogger("heedful.sources")
 
-DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
+DELIMITERS = {",": ",", ";": ";", "tab": "\t", r"\t": "\t", "|": "|"}
 ROWS_NAMED = 5
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,47 @@ def test_the_model_is_scored_before_training_too(project, cli_run):
     before, after = (json.loads(Path(f"runs/run/{n}.json").read_text())["validation"] for n in ("baselines", "metrics"))
     assert before["before training"] == {name: value for name, value in after.items() if not name.endswith("_ci95")}
     assert "validation, before training: accuracy" in log
+
+
+@pytest.mark.parametrize("separator", ["|", ",", "#", "/", ";"])
+def test_a_separator_is_taken_as_it_stands(separator, project, cli_run):
+    """YAML reads a lone | as an empty text and # as null: single labels would be learned, and nobody told."""
+    Path("train.csv").write_text(GOOD.replace(",a", f',"a{separator}b"'))
+    code, _, log = cli_run("finetune", "run.yaml", f"data.label_separator={separator}", "data.validation=train.csv")
+    assert code == 0, log
+    assert "multi_label_classification; labels: a, b" in log
+    assert yaml.safe_load(Path("runs/run/config.yaml").read_text())["data"]["label_separator"] == separator
+
+
+@pytest.mark.parametrize("given", ["data.label_separator=''", "data.delimiter=''"])
+def test_an_empty_separator_is_refused(given, project, cli_run):
+    refused(cli_run("finetune", "run.yaml", given), "at least 1 character")
+
+
+@pytest.mark.parametrize("tab", ["tab", r"\t"])
+def test_a_tab_has_two_names(tab, project, cli_run):
+    Path("train.csv").write_text(GOOD.replace(",", "\t"))
+    code, _, log = cli_run("finetune", "run.yaml", f"data.delimiter={tab}", "data.validation=null")
+    assert code == 0, log
+
+
+def test_what_predict_does_not_read_is_said(project, cli_run):
+    cli_run("finetune", "run.yaml")
+    code, _, log = cli_run("predict", "runs/run", "the cat sat on the mat " * 30)
+    assert code == 0
+    assert re.search(r"! INPUT: \d+ tokens cut off", log)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_settings_of_the_training_are_refused_afterwards(verb, project, cli_run):
+    given = ["dev.csv"] * (verb == "predict")
+    refused(cli_run(verb, "runs/run", *given, "train.learning_rate=1"), "'train.learning_rate' has no effect")
+
+
+def test_settings_that_do_not_agree_are_named_alone(project, cli_run):
+    result = cli_run("finetune", "run.yaml", "train.save_steps=5", "train.save_strategy=epoch")
+    refused(result, "train: save_strategy=epoch does not go with save_steps=5")
+    assert "{" not in result[2]
 
 
 def test_a_label_is_no_markup(project, cli_run):
