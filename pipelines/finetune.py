@@ -94,7 +94,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     eval_batch_size = config.train.per_device_eval_batch_size
     baselines = score_baselines(data)
-    check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size)
+    check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size, patience=schedule.patience)
     position = resume(run, config, trainee, data=data.fingerprints, console=console)
     if accelerator.is_main_process:
         manifest = runs.manifest(
@@ -170,11 +170,13 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     return Prepared(task, rows, features, hashes, assets, audited)
 
 
-def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Console, *, batch_size: int) -> None:
+def check_headline(
+    trainee: Trainee, data: Prepared, headline: str, console: Console, *, batch_size: int, patience: int | None
+) -> None:
     """Score the untrained model if another metric than usual is asked for, so that a wrong name is not found out late.
 
     Raises:
-        UserError: The task has no such metric.
+        UserError: The task has no such metric, or there is nothing to stop early by.
     """
     if headline in NOT_A_SCORE:
         raise UserError(
@@ -183,6 +185,8 @@ def check_headline(trainee: Trainee, data: Prepared, headline: str, console: Con
             expected=f"such as {trainee.task.headline}",
         )
     if "validation" not in data.rows:
+        if patience is not None:
+            raise UserError("no validation data", where="train.early_stopping_patience", expected="data.validation")
         tell(console, "no validation data: nothing is evaluated in training, and the last model is the result")
         return
     if headline == trainee.task.headline:

@@ -63,12 +63,9 @@ def show_end(console: Console, metrics: Metrics, baselines: Mapping[str, Metrics
     if metrics:
         console.print(metrics_table(metrics, baselines))
     model = shlex.quote(f"{folder}/model")
-    # Without data to score on, nothing could be evaluated.
-    evaluate = (
-        f"make evaluate CHECKPOINT={model}" if metrics else f'make evaluate CHECKPOINT={model} ARGS="data.test=FILE"'
-    )
+    named = "" if metrics else ' ARGS="data.test=FILE"'  # the run has no data to score on
     console.print(
-        f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    {evaluate}"
+        f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={model}{named}"
         f'\n        make predict CHECKPOINT={model} INPUT="{TASKS[task].example}"',
         highlight=False,
         markup=False,

@@ -324,6 +324,7 @@ def _found_lines(what: str, found: Mapping[str, Mapping[str, Any]]) -> Iterable[
 
 
 def loss_lines(split: str, part: Mapping[str, float]) -> Iterable[str]:
+    """A line for each thing that was cut off, with its fraction where ``part`` has it too."""
     for name, value in part.items():
         if not value or name.endswith("_fraction"):
             continue

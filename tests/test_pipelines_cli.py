@@ -125,6 +125,11 @@ def test_settings_that_do_not_agree_are_named_alone(project, cli_run):
     assert "{" not in result[2]
 
 
+def test_nothing_to_stop_early_by_is_refused(project, cli_run):
+    given = ["data.validation=null", "train.early_stopping_patience=1"]
+    refused(cli_run("finetune", "run.yaml", *given), "train.early_stopping_patience")
+
+
 def test_a_label_is_no_markup(project, cli_run):
     Path("train.csv").write_text(GOOD.replace(",a", ",[/x]"))
     Path("dev.csv").write_text(GOOD.replace(",a", ",[/x]"))
