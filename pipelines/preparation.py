@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,9 @@ from tasks.protocol import Task
 from training.models import supports_bf16
 
 ENCODE_BATCH = 1000
+
+# torch 2.13 says so once a rank; accelerate's DistributedDataParallelKwargs has no field for the successor yet.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 def build_accelerator(*, bf16: bool | str) -> Accelerator:
