@@ -55,8 +55,10 @@ def arm(point):
 
 
 if __name__ == "__main__":
+    from pipelines.cli import leave
     from pipelines.config import load
     from pipelines.finetune import finetune
 
     arm(sys.argv[1])
     finetune(load(sys.argv[2], sys.argv[3:]))
+    leave(0)

@@ -459,6 +459,40 @@ def test_wandb_offline_records_the_run(project, cli_run):
     assert list(Path("runs/run/wandb").glob("offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        (["config", "run.yaml"], 0),
+        (["config", "run.yaml", "nonsense=1"], 2),
+        (["--debug", "config", "run.yaml", "nonsense=1"], 1),
+    ],
+)
+def test_one_process_of_several_ends_without_the_interpreters_end(given, code, project):
+    """gloo's threads can hang or abort it there; what others registered for the end (wandb does) is still done."""
+    script = """
+import atexit, sys
+from pipelines import cli, config
+class Kept:
+    def __del__(self):
+        print("taken apart")
+def load(*given):
+    atexit.register(print, "registered later")
+    return plain(*given)
+kept, plain, config.load = Kept(), config.load, load
+sys.argv = ["heedful", *sys.argv[1:]]
+cli.main()
+"""
+    for rank in ({}, {"RANK": "0"}):
+        environment = {**os.environ, **rank, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *given], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert "registered later" in done.stdout
+        assert ("taken apart" in done.stdout) == (not rank)
+        assert ("task: classification" in done.stdout) == (code == 0)
+
+
 def test_help_needs_no_torch_and_lists_the_verbs():
     script = (
         "import sys; sys.argv = ['heedful', '--help']\n"

@@ -21,6 +21,7 @@ from tiny_families import FAMILY_OF, make_model, make_task
 from torch.distributed.tensor import DTensor
 
 from heedful import NonFiniteLossError, UserError
+from pipelines.cli import leave
 from tasks import TASKS
 from training import checkpoints
 from training.batches import Batching, examples
@@ -464,3 +465,4 @@ def test_due():
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sharded=sys.argv[2] == "fsdp2")
+    leave(0)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 from heedful import UserError
+from pipelines.cli import leave
 from training import checkpoints
 from training.batches import Batching
 from training.checkpoints import Position
@@ -214,3 +215,4 @@ def test_one_process_is_told_that_it_shares_with_none():
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)
