@@ -137,8 +137,8 @@ def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padd
     if config.train.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     if config.lora.r is None:
-        # Its table of all rows would stand whole on each process, sharded or not.
-        plain = config.distributed == "ddp" and config.train.weight_decay == 0
+        # Its table of all rows would stand whole on each process, sharded or not; a stream's later words are not known.
+        plain = config.distributed == "ddp" and config.train.weight_decay == 0 and not config.data.streaming
         if plain and config.train.optim in LEAVES_UNUSED_ROWS:
             train_used_rows(loaded.model, features, padding=padding)
         return cast(nn.Module, loaded.model)

@@ -82,6 +82,10 @@ class DataSection(Section):
     """Maps a task's column to the user's, e.g. ``data.columns.text=review``."""
     max_train_samples: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
+    streaming: bool = False
+    """Read train a block at a time, for data too large to hold; see docs/data.md."""
+    buffer_size: int = Field(default=10_000, ge=1)
+    """Rows of a stream that are read, checked and shuffled together."""
     stride: int = Field(default=32, ge=0)
     """Tokens that neighbouring windows of a long document share."""
     delimiter: str | None = Field(default=None, min_length=1)
@@ -97,6 +101,14 @@ class DataSection(Section):
     max_conflict_fraction: float | None = Field(default=None, ge=0, le=1)
     max_lost_fraction: float | None = Field(default=None, ge=0, le=1)
     """The run stops when more of the tokens, entities or answers than this are cut off."""
+
+    @model_validator(mode="after")
+    def _streams_are_read_in_turn(self) -> DataSection:
+        if self.streaming and self.max_train_samples is not None:
+            raise ValueError("max_train_samples draws from all rows, which streaming never sees: use train.max_steps")
+        if not self.streaming and self.buffer_size != type(self).model_fields["buffer_size"].default:
+            raise ValueError("buffer_size has no effect without data.streaming=true")
+        return self
 
 
 class TrainSection(Section):
@@ -301,6 +313,7 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
                 "train.optim='adafactor': its means over rows and columns need whole matrices, which distributed=fsdp2 "
                 "cuts up: use adamw_torch_fused"
             )
+        faults += _faults_of_streaming(config)
         if not faults:
             return config
     except ValidationError as error:
@@ -311,6 +324,16 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
         where=where,
         fix="`heedful config FILE` prints every key with its default",
     )
+
+
+def _faults_of_streaming(config: RunConfig) -> list[str]:
+    """A stream's end is not known, so nothing can be counted from it."""
+    train = config.train
+    if not config.data.streaming:
+        return []
+    lacking = [f"train.{verb}_steps=N" for verb in ("eval", "save") if getattr(train, f"{verb}_strategy") == "epoch"]
+    lacking += ["train.max_steps=N"] if train.max_steps is None else []
+    return [f"data.streaming: a stream's length is not known: say {' '.join(lacking)}"] if lacking else []
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pipelines.preparation import (
     fetch_assets,
     read_splits,
     split_sources,
+    stream_blocks,
     tell,
 )
 from pipelines.report import learned_tokens, show_end
@@ -41,7 +42,7 @@ from tasks import TASKS
 from tasks.baselines import Split
 from tasks.protocol import Task
 from training import checkpoints
-from training.batches import examples
+from training.batches import epochs, examples
 from training.checkpoints import Position, write_json
 from training.embeddings import restore_embeddings
 from training.export import export
@@ -58,9 +59,10 @@ NOT_A_SCORE = ("best_f1_thresh",)
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, audited; every dict is keyed by split."""
+    """The data of a run, audited; every dict is keyed by split. Of a stream it is the first block."""
 
     task: Task
+    sources: dict[str, str]
     rows: dict[str, datasets.Dataset]
     features: dict[str, datasets.Dataset]
     fingerprints: dict[str, str]
@@ -118,9 +120,13 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     if accelerator.is_main_process:
         write_json(run.baselines, baselines)
         tell(console, *described(baselines, task.headline))
+    if config.data.streaming:
+        blocks = stream_blocks(config, task, data.sources["train"], batching, position.stream)
+    else:
+        blocks = epochs(features["train"], batching, step=position.step)
     position = train(
         trainee,
-        features["train"],
+        blocks,
         batching=batching,
         schedule=schedule,
         evaluate=lambda: score("validation"),
@@ -161,13 +167,20 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         losses={split: task.account(features[split], rows[split]) for split in rows},
     )
     tell(console, *summary(audited))
+    if config.data.streaming:
+        tell(
+            console,
+            f"train is a stream: labels, audit and baselines are those of its first {len(rows['train']):,} rows; the "
+            "rest is read, checked and shuffled in blocks of as many",
+        )
     if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
         console.print(shown)
     check(audited, building.audit_limits(config))
-    hashes = {split: fingerprint(source) for split, source in sources.items()}
+    streamed = ("train",) if config.data.streaming else ()
+    hashes = {split: fingerprint(source, streaming=split in streamed) for split, source in sources.items()}
     if config.model.tokenizer is not None and Path(config.model.tokenizer).is_dir():
         hashes["tokenizer"] = fingerprint(config.model.tokenizer)
-    return Prepared(task, rows, features, hashes, assets, audited)
+    return Prepared(task, sources, rows, features, hashes, assets, audited)
 
 
 def check_headline(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 from heedful import UserError
 from pipelines.config import DataSection, RunConfig
 from sources.assets import ensure, record
-from sources.readers import find_splits, read_rows
+from sources.readers import find_splits, read_blocks, read_rows
 from sources.tables import Dialect
 from tasks import TASKS
 from tasks.protocol import Task
+from training.batches import Batching, Block, StreamStart
 from training.models import supports_bf16
 
 ENCODE_BATCH = 1000
@@ -100,10 +102,11 @@ def split_sources(data: DataSection) -> dict[str, str]:
 
 
 def read_splits(config: RunConfig, sources: Mapping[str, str]) -> dict[str, datasets.Dataset]:
-    """Read each split's rows as the task wants them."""
+    """Read each split's rows as the task wants them; of a stream its first block, which stands for the whole."""
     data = config.data
     limits = {"train": data.max_train_samples}
-    return {
+    streamed = {"train": first_block(config, sources["train"])} if data.streaming and "train" in sources else {}
+    return streamed | {
         name: read_rows(
             source,
             columns=TASKS[config.task].columns,
@@ -113,7 +116,50 @@ def read_splits(config: RunConfig, sources: Mapping[str, str]) -> dict[str, data
             seed=config.seed,
         )
         for name, source in sources.items()
+        if name not in streamed
     }
+
+
+def first_block(config: RunConfig, source: str) -> datasets.Dataset:
+    """The first rows of a stream.
+
+    Raises:
+        UserError: There are none.
+    """
+    for rows in read_stream(config, source):
+        return rows
+    raise UserError("0 rows", where=source, expected="at least one row", fix="check how the file was written")
+
+
+def read_stream(config: RunConfig, source: str, *, start: int = 0) -> Iterator[datasets.Dataset]:
+    """One pass over streamed training rows, a block at a time."""
+    return read_blocks(
+        source,
+        columns=TASKS[config.task].columns,
+        mapping=config.data.columns,
+        size=config.data.buffer_size,
+        start=start,
+        dialect=dialect(config.data),
+    )
+
+
+def stream_blocks(
+    config: RunConfig, task: Task, source: str, batching: Batching, start: StreamStart | None
+) -> Iterator[Block]:
+    """Streamed training rows as blocks of features, pass after pass, from where a checkpoint says.
+
+    Raises:
+        UserError: Rows that the task can not learn from, when their block is reached.
+    """
+    at = start or StreamStart()
+    while True:
+        for rows in read_stream(config, source, start=at.row):
+            task.check(rows, where=f"{source}, rows from {at.row} on")
+            block = Block(at.number, at.first_step, encode(task, rows, training=True), start=at)
+            yield block
+            steps = batching.steps_per_epoch(len(block.features))
+            at = replace(at, number=at.number + 1, first_step=at.first_step + steps, row=at.row + len(rows))
+        at = replace(at, row=0, passes=at.passes + 1)
 
 
 def dialect(data: DataSection) -> Dialect:

@@ -31,6 +31,7 @@ from pipelines.preparation import build_accelerator, encode, read_splits, split_
 from pipelines.scoring import evaluate_split
 from sources.assets import ensure
 from tasks.protocol import Task
+from training.batches import epochs
 from training.embeddings import restore_embeddings
 from training.lora import add_lora
 from training.models import Loaded, supports_bf16
@@ -126,12 +127,13 @@ def train_heedful(parts: Parts, watch: Stopwatch) -> nn.Module:
     model = building.adapt(config, parts.loaded, parts.features["train"], padding=padding)
     trainee = building.build_trainee(config, parts.task, model, accelerator, total_steps=total)
     schedule = Schedule(total, parts.task.headline, eval_every=None, save_every=None, keep=1)
+    batching = building.build_batching(config, accelerator)
     with tempfile.TemporaryDirectory() as folder:
         history = Path(folder) / "history.jsonl"
         train(
             trainee,
-            parts.features["train"],
-            batching=building.build_batching(config, accelerator),
+            epochs(parts.features["train"], batching, step=0),
+            batching=batching,
             schedule=schedule,
             evaluate=dict,
             folder=Path(folder) / "checkpoints",

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from huggingface_hub import HfApi
 
 from heedful import UserError
 from sources.cells import check_row_wise, convert, split_words
@@ -24,6 +26,7 @@ from sources.columns import Column, ColumnKind
 from sources.conll import read_conll
 from sources.files import sha256_of
 from sources.matching import match_columns
+from sources.streams import BLOCK_READERS, hub_blocks
 from sources.tables import (
     Dialect,
     Table,
@@ -79,11 +82,48 @@ def read_rows(
     names = match_columns(table, columns, mapping, need_targets=need_targets)
     _say_unused(table, set(names.values()))
     table = _sample(table, max_rows, seed)
+    return _converted(table, columns, names, separator=dialect.label_separator, split=not need_targets)
+
+
+def read_blocks(
+    source: str,
+    *,
+    columns: tuple[Column, ...],
+    mapping: Mapping[str, str],
+    size: int,
+    start: int = 0,
+    dialect: Dialect | None = None,
+) -> Iterator[datasets.Dataset]:
+    """Read one pass over a source that may be larger than memory; only the block at hand is held, and checked.
+
+    Args:
+        source: A ``.jsonl``, ``.ndjson`` or ``.parquet`` file, or a data set on the Hub.
+        size: Rows in a block; the last one may be smaller.
+        start: Rows to pass over.
+
+    Yields:
+        Rows as ``read_rows`` returns them, ``row`` from 0 in each block.
+
+    Raises:
+        UserError: As ``read_rows``, when the block at fault is reached; a source that can not be streamed.
+    """
+    dialect = dialect or Dialect()
+    for number, table in enumerate(_open_blocks(source, size=size, start=start, encoding=dialect.encoding)):
+        table = with_fields(table, mapping.values())
+        names = match_columns(table, columns, mapping, need_targets=True)
+        if not number:
+            _say_unused(table, set(names.values()))
+        yield _converted(table, columns, names, separator=dialect.label_separator, split=False)
+
+
+def _converted(
+    table: Table, columns: Sequence[Column], names: Mapping[str, str], *, separator: str | None, split: bool
+) -> datasets.Dataset:
     found = [column for column in columns if column.role in names]
     data, features = {}, datasets.Features({"row": datasets.Value("int64")})
     for column in found:
         data[column.role], features[column.role] = convert(
-            table, names[column.role], column, separator=dialect.label_separator, split=not need_targets
+            table, names[column.role], column, separator=separator, split=split
         )
     check_row_wise(table, data, found)
     return datasets.Dataset.from_dict({"row": list(range(table.size)), **data}, features=features)
@@ -193,9 +233,14 @@ def find_splits(folder: str) -> dict[str, str]:
     return found
 
 
-def fingerprint(source: str) -> str:
-    """Hash the bytes that a source stands for (sha256, hexadecimal); of a folder, names and bytes of all its files."""
+def fingerprint(source: str, *, streaming: bool = False) -> str:
+    """Hash the bytes that a source stands for (sha256, hexadecimal); of a folder, names and bytes of all its files.
+
+    Of a streamed data set on the Hub it is the commit that the name stands for now, since its bytes are not at hand.
+    """
     path, split = _locate(source)
+    if path is None and streaming:
+        return _hub_commit(source)
     if path is None:
         files = sorted(Path(item["filename"]) for item in _load_hub(source).cache_files)
         return _hash_files([(str(i), file) for i, file in enumerate(files)])
@@ -224,6 +269,20 @@ def _open_filled(source: str, columns: Sequence[Column], dialect: Dialect) -> Ta
     if not table.size:
         raise UserError("0 rows", where=source, expected="at least one row", fix="check how the file was written")
     return table
+
+
+def _open_blocks(source: str, *, size: int, start: int, encoding: str) -> Iterator[Table]:
+    path, _ = _locate(source)
+    if path is None:
+        return hub_blocks(_load_hub(source, streaming=True), source=source, size=size, start=start)
+    if path.suffix in BLOCK_READERS:
+        return BLOCK_READERS[path.suffix](path, size=size, start=start, encoding=encoding)
+    raise UserError(
+        f"data.streaming=true with {'a folder' if path.is_dir() else f'a file that ends in {path.suffix!r}'}",
+        where=source,
+        expected=f"{' '.join(BLOCK_READERS)} or a data set on the Hub",
+        fix="convert it, or leave data.streaming out: what save_to_disk wrote is not read into memory anyway",
+    )
 
 
 def _open(source: str, columns: Sequence[Column], dialect: Dialect) -> Table:
@@ -296,11 +355,13 @@ def _open_folder(path: Path, split: str | None) -> Table:
     return from_dataset(loaded[split], source=f"{path}:{split}")
 
 
-def _load_hub(source: str) -> datasets.Dataset:
+def _load_hub(source: str, *, streaming: bool = False) -> Any:
     match = HUB_ID.fullmatch(source)
     assert match is not None  # _locate let it through
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=match["split"], revision=match["revision"])
+        return datasets.load_dataset(
+            match["name"], match["config"], split=match["split"], revision=match["revision"], streaming=streaming
+        )
     # The library raises its own errors, the HTTP client's, and plain ValueError, RuntimeError and OSError here.
     except Exception as error:
         raise UserError(
@@ -308,6 +369,20 @@ def _load_hub(source: str) -> datasets.Dataset:
             where=source,
             expected="an existing file, or a data set that can be had from the Hub: owner/name[config]:split",
             fix="check the name, the split, the network, HF_HUB_OFFLINE; for a gated set: `hf auth login`",
+        ) from error
+
+
+def _hub_commit(source: str) -> str:
+    match = HUB_ID.fullmatch(source)
+    assert match is not None  # _locate let it through
+    try:
+        return str(HfApi().dataset_info(match["name"], revision=match["revision"]).sha)
+    except Exception as error:  # whatever the HTTP client raises
+        raise UserError(
+            f"{type(error).__name__}: {str(error).strip()[:400]}",
+            where=source,
+            expected="the commit of a data set on the Hub, by which a resumed stream is known to be the same",
+            fix="check the name, the revision and the network",
         ) from error
 
 

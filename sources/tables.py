@@ -95,15 +95,26 @@ def read_text(path: Path, encoding: str) -> str:
     Raises:
         UserError: Bytes that are not in ``encoding``, an unknown encoding, an empty file.
     """
-    data = path.read_bytes()
+    text = decode(path.read_bytes(), encoding, path)
+    if not text.strip():
+        raise UserError("the file is empty", where=str(path), expected="rows", fix="check how the file was written")
+    return text
+
+
+def decode(data: bytes, encoding: str, path: Path, *, line: int = 1) -> str:
+    """Decode a file, or the part of it that begins on this line; a byte order mark is dropped.
+
+    Raises:
+        UserError: Bytes that are not in ``encoding``, an unknown encoding.
+    """
     try:
-        text = data.decode(encoding).removeprefix("\ufeff")
+        return data.decode(encoding).removeprefix("\ufeff")
     except LookupError:
         raise UserError(
             f"unknown encoding {encoding!r}", where="data.encoding", expected="a name that Python knows, e.g. utf-8"
         ) from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line += data.count(b"\n", 0, error.start)
         guess = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
         raise UserError(
             f"byte 0x{data[error.start]:02x} at offset {error.start} is not {encoding}",
@@ -111,9 +122,6 @@ def read_text(path: Path, encoding: str) -> str:
             expected=f"{encoding} text",
             fix=f"give the file's encoding (data.encoding={guess}, latin-1, ...) or convert the file to utf-8",
         ) from None
-    if not text.strip():
-        raise UserError("the file is empty", where=str(path), expected="rows", fix="check how the file was written")
-    return text
 
 
 def read_csv(path: Path, dialect: Dialect) -> Table:
@@ -207,13 +215,17 @@ def read_jsonl(path: Path, dialect: Dialect) -> Table:
     Raises:
         UserError: A line that is not one JSON object, a key given twice in it.
     """
-    rows, lines = [], []
     # Not str.splitlines: U+2028 and the like may stand inside a JSON string.
-    for number, line in enumerate(read_text(path, dialect.encoding).split("\n"), start=1):
-        if line.strip():
-            rows.append(_object(_parse(line, where=f"{path}, line {number}"), where=f"{path}, line {number}"))
-            lines.append(number)
-    return from_objects(path, rows, place=lambda i: f"line {lines[i]}")
+    lines = enumerate(read_text(path, dialect.encoding).split("\n"), start=1)
+    return from_lines(path, [(number, line) for number, line in lines if line.strip()])
+
+
+def from_lines(path: Path, lines: Sequence[tuple[int, str]]) -> Table:
+    """Make a table of numbered lines, a JSON object each; see ``read_jsonl``."""
+    places = [f"line {number}" for number, _ in lines]
+    wheres = [f"{path}, {place}" for place in places]
+    rows = [_object(_parse(line, where=where), where=where) for (_, line), where in zip(lines, wheres, strict=True)]
+    return from_objects(path, rows, place=places.__getitem__)
 
 
 def read_json(path: Path, dialect: Dialect) -> Table:
@@ -304,8 +316,16 @@ def read_parquet(path: Path) -> Table:
     Raises:
         UserError: The file is not parquet.
     """
-    try:
+    with reading_parquet(path):
         table = pq.read_table(path)
+    return from_arrow(table, source=str(path))
+
+
+@contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Say of a file that is no parquet that it is none."""
+    try:
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(
             f"not a readable parquet file: {str(error).splitlines()[0]}",
@@ -313,14 +333,22 @@ def read_parquet(path: Path) -> Table:
             expected="parquet",
             fix="write or download the file again",
         ) from None
+
+
+def from_arrow(table: pa.Table, *, source: str, first: int = 0) -> Table:
+    """Make a table of an arrow table; see ``from_dataset``."""
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):  # pandas categories, for which datasets has no feature
             table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
-    return from_dataset(datasets.Dataset(InMemoryTable(table)), source=str(path))
+    return from_dataset(datasets.Dataset(InMemoryTable(table)), source=source, first=first)
 
 
-def from_dataset(dataset: datasets.Dataset, *, source: str) -> Table:
-    """Make a table of a data set; integers of a ``ClassLabel`` become their names, -1 a missing label."""
+def from_dataset(dataset: datasets.Dataset, *, source: str, first: int = 0) -> Table:
+    """Make a table of a data set; integers of a ``ClassLabel`` become their names, -1 a missing label.
+
+    Args:
+        first: Index of its first row in ``source``, of which it may be a part.
+    """
     plain = dataset.with_format(None)
 
     def cells(name: str) -> list[Any]:
@@ -332,7 +360,7 @@ def from_dataset(dataset: datasets.Dataset, *, source: str) -> Table:
             return [None if row is None else [_class_name(inner, value) for value in row] for row in values]
         return list(values)
 
-    return Table(source, tuple(plain.column_names), len(plain), cells, lambda i: f"row index {i}")
+    return Table(source, tuple(plain.column_names), len(plain), cells, lambda i: f"row index {first + i}")
 
 
 def with_fields(table: Table, names: Iterable[str]) -> Table:

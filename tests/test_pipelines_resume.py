@@ -13,6 +13,8 @@ import torch
 import yaml
 from tiny_families import make_rows, save_body
 
+from training.checkpoints import newest_whole, read_position
+
 HERE = Path(__file__).parent
 POINTS = ("update:3", "file:4:optimizer.safetensors", "rename:8", "update:11", "file:12:model.safetensors")
 
@@ -76,11 +78,11 @@ def facts(folder):
     )
 
 
-def finish_through_kills(config, folder, points, *, processes=1):
+def finish_through_kills(config, folder, points, *, processes=1, overrides=()):
     for point in points:
-        killed = run(config, folder, point=point, processes=processes, overrides=["resume=auto"])
+        killed = run(config, folder, point=point, processes=processes, overrides=["resume=auto", *overrides])
         assert killed.returncode == (-signal.SIGKILL if processes == 1 else 1), killed.stderr
-    resumed = run(config, folder, processes=processes, overrides=["resume=auto"])
+    resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
     assert resumed.returncode == 0, resumed.stderr
     return resumed.stderr
 
@@ -96,6 +98,16 @@ def test_two_killed_processes_resume_bitwise(config, tmp_path):
     assert run(config, tmp_path / "whole", processes=2).returncode == 0
     finish_through_kills(config, tmp_path / "killed", POINTS[2:3], processes=2)
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
+def test_a_killed_stream_goes_on_to_the_bit(config, tmp_path):
+    """36 rows in blocks of 15, 15, 6: five updates a pass; update 8, where the run goes on, lies within a block."""
+    streamed = ["data.streaming=true", "data.buffer_size=15"]
+    assert run(config, tmp_path / "whole", overrides=streamed).returncode == 0
+    finish_through_kills(config, tmp_path / "killed", ["update:11"], overrides=streamed)
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+    position = read_position(newest_whole(tmp_path / "whole/checkpoints", say=pytest.fail))
+    assert vars(position.stream) == {"number": 7, "first_step": 12, "row": 15, "passes": 2}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from heedful import NonFiniteLossError, UserError
 from pipelines.cli import leave
 from tasks import TASKS
 from training import checkpoints
-from training.batches import Batching, examples
+from training.batches import Batching, epochs, examples
 from training.checkpoints import Position
 from training.evaluation import predict
 from training.loop import Schedule, Stopped, Trainee, _save, _updates, note_score, run_update, seed_step, train
@@ -92,8 +92,9 @@ def make_updates(task_name, setup, *, steps=2, sharded=False, **batching):
     trainee = make_trainee(task, **SETUPS[setup], sharded=sharded)
     features = features.select(range(9))
     before = flat(trainee.bare_model)
-    plan = _updates(trainee, features, Batching(8, seed=1, **batching), start=0, stop=steps)
-    made = [run_update(trainee, micro, features, step=step) for step, (_, micro) in enumerate(plan)]
+    batching = Batching(8, seed=1, **batching)
+    plan = _updates(trainee, epochs(features, batching, step=0), batching, start=0, stop=steps)
+    made = [run_update(trainee, micro, features, step=step) for step, (*_, micro) in enumerate(plan)]
     return {
         "change": flat(trainee.bare_model) - before,
         "loss": [update.loss for update in made],
@@ -359,11 +360,12 @@ class Course:
 
     def run(self, **batching):
         self.folder.mkdir(exist_ok=True)
+        batching = Batching(3, seed=2, **batching)
         with open(self.folder / "log.txt", "a") as log:
             return train(
                 self.trainee,
-                self.features,
-                batching=Batching(3, seed=2, **batching),
+                epochs(self.features, batching, step=self.position.step),
+                batching=batching,
                 schedule=self.schedule,
                 evaluate=self.evaluate,
                 folder=self.folder,

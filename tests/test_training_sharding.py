@@ -21,7 +21,7 @@ from transformers import AutoModel
 from heedful import UserError
 from pipelines.cli import leave
 from training import checkpoints
-from training.batches import Batching
+from training.batches import Batching, epochs
 from training.checkpoints import Position
 from training.evaluation import predict
 from training.loop import _save, _updates, run_update
@@ -61,12 +61,18 @@ def make_case(case, *, sharded):
     return trainee, rows, features
 
 
+def micro_batches_of(trainee, features, *, step, **batching):
+    batching = Batching(3, seed=1, **batching)
+    ((*_, micro),) = _updates(trainee, epochs(features, batching, step=step), batching, start=step, stop=step + 1)
+    return micro
+
+
 def change(case, *, sharded):
     """One update by three examples, each alone: one of two ranks has a pass more to make."""
     trainee, _, features = make_case(case, sharded=sharded)
     features = features.select(range(3))
     before = flat(trainee.bare_model)
-    ((_, micro),) = _updates(trainee, features, Batching(3, seed=1, micro_batch_size=1), start=0, stop=1)
+    micro = micro_batches_of(trainee, features, step=0, micro_batch_size=1)
     run_update(trainee, micro, features, step=0)
     return flat(trainee.bare_model) - before
 
@@ -107,7 +113,7 @@ def main(folder, cases):
     # A plain checkpoint, as one process writes it, is read into parts.
     checkpoints.load(folder / "plain/step-1", **parts(trainee))
     read = states(trainee)
-    ((_, micro),) = _updates(trainee, features, Batching(3, seed=1), start=1, stop=2)
+    micro = micro_batches_of(trainee, features, step=1)
     run_update(trainee, micro, features, step=1)
     stale = folder / "sharded/.tmp-step-2-shards"
     if main_process:  # left by a save of more processes that was killed
@@ -145,7 +151,7 @@ def test_two_processes_with_half_a_model_each_do_as_one_does(cases, tmp_path):
     trainee, rows, features = make_texts(sharded=False)
     untrained = answers(trainee, rows, features)
     assert any(answer["generated"] for answer in untrained)
-    ((_, micro),) = _updates(trainee, features, Batching(3, seed=1), start=0, stop=1)
+    micro = micro_batches_of(trainee, features, step=0)
     run_update(trainee, micro, features, step=0)
     checkpoints.save(tmp_path / "plain", **parts(trainee), position=Position(step=1))
 

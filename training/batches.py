@@ -7,8 +7,9 @@ or on many, whatever the micro-batches. See ADR 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import ceil
 from typing import Any
 
@@ -54,6 +55,43 @@ class Batching:
     def steps_per_epoch(self, num_examples: int) -> int:
         """Updates in one epoch; the last one may be smaller, and is exact all the same."""
         return ceil(num_examples / self.batch_size)
+
+
+@dataclass(frozen=True)
+class StreamStart:
+    """Where a block of a stream begins: the block's number and first step, the rows of this pass, the passes before."""
+
+    number: int = 0
+    first_step: int = 0
+    row: int = 0
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Features that are shuffled together: those of an epoch, or of a stretch of a stream.
+
+    Args:
+        number: With the seed it decides the order, and what is drawn anew for each example.
+        first_step: Updates made before this block.
+        features: Encoded rows (``datasets.Dataset`` with a column ``length``).
+        start: Of a stream, the rows and the passes before this block; a checkpoint keeps them, to be read on from.
+    """
+
+    number: int
+    first_step: int
+    features: Any
+    start: StreamStart | None = None
+
+    def epochs(self, share: float) -> float:
+        """Epochs done when this share of the block is; of a stream, whole passes alone, since its end is not known."""
+        return self.number + share if self.start is None else float(self.start.passes)
+
+
+def epochs(features: Any, batching: Batching, *, step: int) -> Iterator[Block]:
+    """The epoch that holds update ``step``, and those after it, without end."""
+    per_epoch = batching.steps_per_epoch(len(features))
+    return (Block(epoch, epoch * per_epoch, features) for epoch in count(step // per_epoch))
 
 
 def epoch_batches(lengths: Indices, batching: Batching, *, epoch: int) -> list[Indices]:

@@ -10,7 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import UserError
 from sources.files import sha256_of, share_mode, sync
+from training.batches import StreamStart
 from training.sharding import is_sharded, local
 
 # Reading without the other ranks is meant.
@@ -49,6 +50,8 @@ class Position:
     world_size: int = 1
     data: dict[str, str] = field(default_factory=dict)
     """Hashes of the files or data sets that the splits were read from."""
+    stream: StreamStart | None = None
+    """Where the block of the last update began, if the training rows are a stream."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -148,7 +151,7 @@ def save(
             save_file(states, aside / "optimizer.safetensors")
         write_json(aside / "optimizer.json", scalars)
         write_json(aside / "scheduler.json", scheduler.state_dict())
-        write_json(aside / "position.json", vars(position))
+        write_json(aside / "position.json", asdict(position))
 
     write_whole(target, fill)
     return target
@@ -196,7 +199,9 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRSch
 
 def read_position(path: Path) -> Position:
     """Where the run stood when it wrote this checkpoint."""
-    return Position(**json.loads((path / "position.json").read_text()))
+    stored = json.loads((path / "position.json").read_text())
+    stream = stored.pop("stream", None)
+    return Position(**stored, stream=StreamStart(**stream) if stream else None)
 
 
 def load_model(path: Path, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -30,6 +30,7 @@ from tasks.protocol import LOWER_IS_BETTER, Batch, Task
 from training import checkpoints
 from training.batches import (
     Batching,
+    Block,
     EpochSteps,
     epoch_batches,
     epoch_loader,
@@ -112,7 +113,7 @@ class Trainee:
 
 def train(
     trainee: Trainee,
-    features: Any,
+    blocks: Iterable[Block],
     *,
     batching: Batching,
     schedule: Schedule,
@@ -124,7 +125,7 @@ def train(
     """Run the updates that ``position`` leaves to be done; evaluate, log and save as scheduled.
 
     Args:
-        features: The encoded training rows (``datasets.Dataset`` with a column ``length``).
+        blocks: The encoded training rows, from the block on that holds the next update; as many as there are updates.
         evaluate: Scores the validation rows; the same result on every rank.
         folder: Where the checkpoints go.
 
@@ -133,9 +134,9 @@ def train(
         Stopped: SIGTERM came; the run is saved.
     """
     with _sigterm() as stop_asked, tracker.live(schedule.total_steps, done=position.step):
-        for epoch, micro in _updates(trainee, features, batching, start=position.step, stop=schedule.total_steps):
-            update = run_update(trainee, micro, features, step=position.step, stop=stop_asked())
-            position.step += 1
+        for block, epoch, micro in _updates(trainee, blocks, batching, start=position.step, stop=schedule.total_steps):
+            update = run_update(trainee, micro, block.features, step=position.step, stop=stop_asked())
+            position.step, position.stream = position.step + 1, block.start
             tracker.update(position.step, epoch, update)
             better = False
             if schedule.due(schedule.eval_every, position.step):
@@ -204,24 +205,24 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _updates(
-    trainee: Trainee, features: Any, batching: Batching, *, start: int, stop: int
-) -> Iterator[tuple[float, list[Batch]]]:
-    """This rank's micro-batches of updates ``start`` to ``stop``, each with the epochs done after it."""
+    trainee: Trainee, blocks: Iterable[Block], batching: Batching, *, start: int, stop: int
+) -> Iterator[tuple[Block, float, list[Batch]]]:
+    """This rank's micro-batches of updates ``start`` to ``stop``, each with its block and the epochs done after it."""
     rank, world_size = trainee.accelerator.process_index, trainee.accelerator.num_processes
-    lengths = np.asarray(features["length"])
-    per_epoch = batching.steps_per_epoch(len(lengths))
     step = start
-    while step < stop:
-        epoch, first = divmod(step, per_epoch)
-        shares = (
+    for block in blocks:
+        lengths = np.asarray(block.features["length"])
+        shares = [
             rank_share(batch, lengths, rank=rank, world_size=world_size)
-            for batch in epoch_batches(lengths, batching, epoch=epoch)
-        )
-        plan = [micro_batches(share, lengths, batching) for share in shares][: first + stop - step]
-        steps = EpochSteps(features, trainee.task.collate, plan, draw=(trainee.seed, epoch))
-        for micro in epoch_loader(steps, start=first, num_workers=batching.num_workers):
+            for batch in epoch_batches(lengths, batching, epoch=block.number)
+        ]
+        plan = [micro_batches(share, lengths, batching) for share in shares[: stop - block.first_step]]
+        steps = EpochSteps(block.features, trainee.task.collate, plan, draw=(trainee.seed, block.number))
+        for micro in epoch_loader(steps, start=step - block.first_step, num_workers=batching.num_workers):
             step += 1
-            yield step / per_epoch, micro
+            yield block, block.epochs((step - block.first_step) / len(shares)), micro
+        if step == stop:
+            return
 
 
 def _sum_over_ranks(accelerator: Accelerator, *values: Any) -> list[float]:
