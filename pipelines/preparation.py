@@ -126,12 +126,14 @@ def first_block(config: RunConfig, source: str) -> datasets.Dataset:
     Raises:
         UserError: There are none.
     """
-    for rows in read_stream(config, source):
+    for rows in read_stream(config, source, say_unused=True):
         return rows
     raise UserError("0 rows", where=source, expected="at least one row", fix="check how the file was written")
 
 
-def read_stream(config: RunConfig, source: str, *, start: int = 0) -> Iterator[datasets.Dataset]:
+def read_stream(
+    config: RunConfig, source: str, *, start: int = 0, say_unused: bool = False
+) -> Iterator[datasets.Dataset]:
     """One pass over streamed training rows, a block at a time."""
     return read_blocks(
         source,
@@ -140,6 +142,7 @@ def read_stream(config: RunConfig, source: str, *, start: int = 0) -> Iterator[d
         size=config.data.buffer_size,
         start=start,
         dialect=dialect(config.data),
+        say_unused=say_unused,
     )
 
 

@@ -93,6 +93,7 @@ def read_blocks(
     size: int,
     start: int = 0,
     dialect: Dialect | None = None,
+    say_unused: bool = False,
 ) -> Iterator[datasets.Dataset]:
     """Read one pass over a source that may be larger than memory; only the block at hand is held, and checked.
 
@@ -100,6 +101,7 @@ def read_blocks(
         source: A ``.jsonl``, ``.ndjson`` or ``.parquet`` file, or a data set on the Hub.
         size: Rows in a block; the last one may be smaller.
         start: Rows to pass over.
+        say_unused: Name the columns that are not read, which is wanted once and not at every pass.
 
     Yields:
         Rows as ``read_rows`` returns them, ``row`` from 0 in each block.
@@ -108,10 +110,10 @@ def read_blocks(
         UserError: As ``read_rows``, when the block at fault is reached; a source that can not be streamed.
     """
     dialect = dialect or Dialect()
-    for number, table in enumerate(_open_blocks(source, size=size, start=start, encoding=dialect.encoding)):
+    for table in _open_blocks(source, size=size, start=start, encoding=dialect.encoding):
         table = with_fields(table, mapping.values())
         names = match_columns(table, columns, mapping, need_targets=True)
-        if not number:
+        if say_unused:
             _say_unused(table, set(names.values()))
         yield _converted(table, columns, names, separator=dialect.label_separator, split=False)
 

@@ -89,6 +89,14 @@ def test_what_needs_the_whole_is_refused(given, expected, project, cli_run):
     assert expected in " ".join(log.split())
 
 
+def test_columns_not_used_are_named_once(project, cli_run):
+    rows = make_rows("classification", 20, seed=1).remove_columns("row")
+    rows.add_column("source", ["web"] * 20).to_json("train.jsonl")
+    code, _, log = cli_run("finetune", "run.yaml", *STREAMING, "data.buffer_size=6")
+    assert code == 0, log
+    assert log.count("columns not used: 'source'") == 1
+
+
 def test_an_empty_stream_is_refused(project, cli_run):
     Path("train.jsonl").write_text("\n")
     code, _, log = cli_run("finetune", "run.yaml", *STREAMING)
