@@ -9,7 +9,7 @@ from rich.console import Console
 from heedful import UserError
 from pipelines.inference import open_model
 from pipelines.preparation import dialect, encode, fetch_assets, split_sources
-from pipelines.report import metrics_table
+from pipelines.report import metrics_table, progress_lines
 from pipelines.scoring import evaluate_split
 from sources.readers import read_rows
 from tasks import TASKS
@@ -56,6 +56,7 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
             encode(task, rows, training=False),
             accelerator=opened.accelerator,
             batch_size=opened.config.train.per_device_eval_batch_size,
+            tick=progress_lines(opened.console, name),
             intervals=True,
         )
     opened.console.print(metrics_table(metrics))

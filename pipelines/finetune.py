@@ -33,7 +33,7 @@ from pipelines.preparation import (
     stream_blocks,
     tell,
 )
-from pipelines.report import learned_tokens, show_end
+from pipelines.report import learned_tokens, progress_lines, show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split, score_baseline
 from sources.audit import Audit, audit, check, summary
@@ -112,6 +112,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
             features[split],
             accelerator=accelerator,
             batch_size=eval_batch_size,
+            tick=progress_lines(console, split),
             intervals=intervals,
         )
 
@@ -211,6 +212,7 @@ def check_headline(
         data.features["validation"],
         accelerator=trainee.accelerator,
         batch_size=batch_size,
+        tick=progress_lines(console, "validation"),
     )
     if headline not in metrics:
         raise UserError(

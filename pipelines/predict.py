@@ -10,6 +10,7 @@ from rich.console import Console
 from heedful import UserError
 from pipelines.inference import open_model
 from pipelines.preparation import dialect, encode, tell
+from pipelines.report import progress_lines
 from sources.audit import loss_lines
 from sources.readers import SUFFIXES, read_rows, rows_from_text
 from tasks import TASKS
@@ -47,6 +48,7 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
         features,
         accelerator=opened.accelerator,
         batch_size=opened.config.train.per_device_eval_batch_size,
+        tick=progress_lines(opened.console, "INPUT"),
     )
     return task.decode(predictions, rows)
 

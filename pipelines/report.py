@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from itertools import groupby
 from typing import Any
 
@@ -13,9 +15,11 @@ from rich.text import Text
 
 from tasks import TASKS
 from tasks.batching import IGNORED
+from training.evaluation import Tick
 
 Metrics = Mapping[str, Mapping[str, float | list[float]]]
 PREVIEW_TOKENS = 200
+SECONDS_BETWEEN_LINES = 20.0
 
 
 def metrics_table(metrics: Metrics, baselines: Mapping[str, Metrics] | None = None) -> Table:
@@ -56,6 +60,26 @@ def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
     if len(feature["labels"]) > window.stop:
         text.append(" ...", style="dim")
     return text
+
+
+def progress_lines(console: Console, what: str, *, now: Callable[[], float] = time.monotonic) -> Tick:
+    """Say now and then how far an evaluation is, and about how long it will take; nothing if it is short.
+
+    Args:
+        what: That is evaluated.
+        now: The clock, in seconds.
+    """
+    started = last = now()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal last
+        if now() - last < SECONDS_BETWEEN_LINES or done == total:
+            return
+        last = now()
+        left = timedelta(seconds=round((last - started) / done * (total - done)))
+        console.print(f"{what}: {done:,} of {total:,} evaluated, {left} left", highlight=False, markup=False)
+
+    return tick
 
 
 def show_end(console: Console, metrics: Metrics, baselines: Mapping[str, Metrics], *, folder: str, task: str) -> None:

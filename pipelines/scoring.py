@@ -12,7 +12,7 @@ from torch import nn
 from tasks.baselines import Split, baseline
 from tasks.protocol import Output, Task
 from tasks.uncertainty import bootstrap
-from training.evaluation import predict
+from training.evaluation import Tick, predict, untold
 
 
 def evaluate_split(
@@ -23,6 +23,7 @@ def evaluate_split(
     *,
     accelerator: Accelerator,
     batch_size: int,
+    tick: Tick = untold,
     intervals: bool = False,
 ) -> dict[str, Any]:
     """The metrics of one split, the same on every rank.
@@ -30,7 +31,7 @@ def evaluate_split(
     Args:
         intervals: Add ``<metric>_ci95`` by the bootstrap over rows.
     """
-    predictions = predict(task, model, features, accelerator=accelerator, batch_size=batch_size)
+    predictions = predict(task, model, features, accelerator=accelerator, batch_size=batch_size, tick=tick)
     result: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
         result = [_score(task, task.decode(predictions, rows), rows, intervals=intervals)]

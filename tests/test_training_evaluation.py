@@ -1,5 +1,6 @@
 """Every feature predicted once, in order, and training not disturbed. On several processes: test_training_loop.py."""
 
+import io
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from tiny_families import make_model, make_task
 
+from pipelines.report import progress_lines
 from training import evaluation
 from training.evaluation import predict
 
@@ -59,9 +62,30 @@ def test_training_is_not_disturbed(setting, training):
 
 def test_progress_is_told(setting):
     done = []
-    run(setting, batch_size=6, tick=done.append)
-    assert done[-1] == len(setting.features)
+    run(setting, batch_size=6, tick=lambda *counts: done.append(counts))
+    assert done[-1] == (len(setting.features), len(setting.features))
     assert done == sorted(set(done))
+
+
+def test_a_long_evaluation_says_how_far_it_is():
+    seconds = iter([0.0, 5.0, 30.0, 30.0, 40.0, 90.0, 90.0])
+    console = Console(file=io.StringIO())
+    tick = progress_lines(console, "test", now=lambda: next(seconds))
+    for done in (10, 20, 30, 60):
+        tick(done, 90)
+    assert console.file.getvalue().splitlines() == [
+        "test: 20 of 90 evaluated, 0:01:45 left",
+        "test: 60 of 90 evaluated, 0:00:45 left",
+    ]
+
+
+def test_a_short_evaluation_says_nothing():
+    console = Console(file=io.StringIO())
+    seconds = iter([0.0, 5.0, 25.0])
+    tick = progress_lines(console, "test", now=lambda: next(seconds))
+    tick(1, 2)
+    tick(2, 2)
+    assert not console.file.getvalue()
 
 
 def test_the_longest_come_first(setting, monkeypatch):

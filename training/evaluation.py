@@ -19,6 +19,13 @@ from tasks.protocol import Prediction, Task
 from training.batches import Indices, examples
 from training.sharding import whole
 
+Tick = Callable[[int, int], None]
+"""Told how many of this rank's features are done, and how many there are."""
+
+
+def untold(done: int, total: int) -> None:
+    """Progress that nobody asked for."""
+
 
 def predict(
     task: Task,
@@ -27,13 +34,13 @@ def predict(
     *,
     accelerator: Accelerator,
     batch_size: int,
-    tick: Callable[[int], None] = lambda done: None,
+    tick: Tick = untold,
 ) -> list[Prediction]:
     """Predict every feature; on every rank the whole list, in the order of the features.
 
     Args:
         batch_size: Features in one forward pass.
-        tick: Called with the number of this rank's features done, to show progress.
+        tick: Called after each batch, to show progress.
     """
     lengths = np.asarray(features["length"])
     order = np.argsort(-lengths, kind="stable")  # batches of like length: little padding, and the largest comes first
@@ -45,7 +52,7 @@ def predict(
         for start in range(0, len(own), batch_size):
             indices = own[start : start + batch_size]
             answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
-            tick(len(answers))
+            tick(len(answers), len(own))
     model.train(was_training)
     gathered = dict(gather_object(answers)) if accelerator.num_processes > 1 else dict(answers)
     if sorted(gathered) != list(range(len(lengths))):
