@@ -84,20 +84,21 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     be_deterministic(config.seed)
     run = Run(Path(config.output_dir))
     run.require_writable()
+    batching = building.build_batching(config, accelerator)
+    checkpoint = runs.find_checkpoint(run, config, say=partial(tell, console))
     data = prepare(config, accelerator, console)
     task, features = data.task, data.features
     loaded = building.load_base(config, task)
     model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
     tell(console, *building.distribute(config, model, accelerator))
-    batching = building.build_batching(config, accelerator)
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     eval_batch_size = config.train.per_device_eval_batch_size
     baselines = score_baselines(data)
     check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size, patience=schedule.patience)
-    position = resume(run, config, trainee, data=data.fingerprints, console=console)
+    position = resume(run, checkpoint, trainee, data=data.fingerprints, console=console)
     if accelerator.is_main_process:
         manifest = runs.manifest(
             config, data=data.fingerprints, assets=data.assets, world_size=accelerator.num_processes
@@ -229,16 +230,14 @@ def be_deterministic(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over every tensor
 
 
-def resume(run: Run, config: RunConfig, trainee: Trainee, *, data: dict[str, str], console: Console) -> Position:
+def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str], console: Console) -> Position:
     """Go on from a checkpoint, or from nothing; then a former run of this name is moved aside, not overwritten.
 
     Raises:
         UserError: The checkpoint is broken or belongs to other settings or data.
     """
     accelerator = trainee.accelerator
-
     say = partial(tell, console)
-    path = runs.find_checkpoint(run, config, say=say)
     accelerator.wait_for_everyone()  # every rank has looked before the main one moves anything
     if path is None:
         if accelerator.is_main_process and (former := run.set_aside()) is not None:

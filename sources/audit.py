@@ -139,6 +139,11 @@ def check(result: Audit, limits: Limits) -> None:
 def summary(result: Audit) -> list[str]:
     """The audit in a few lines; those that deserve a look begin with ``!``."""
     lines = [f"{split}: {count} rows{_balance_line(result.balance[split])}" for split, count in result.rows.items()]
+    lines += [
+        f"! {split}: labels that differ in case or blanks alone: {', '.join(map(repr, twins))}"
+        for split, balance in result.balance.items()
+        if (twins := _alike(balance))
+    ]
     lines += [f"! {split}: {', '.join(names[:8])} not in train" for split, names in result.unseen.items() if names]
     lines += [f"! {split}: {count} rows have an empty input" for split, count in result.empty.items() if count]
     lines += _found_lines("duplicates within", result.duplicates)
@@ -149,6 +154,14 @@ def summary(result: Audit) -> list[str]:
     for split, part in result.losses.items():
         lines += loss_lines(split, part)
     return lines
+
+
+def _alike(balance: Mapping[str, Any]) -> list[str]:
+    """Names of labels, entities or tags that are more likely one than several."""
+    names = [] if balance["kind"] in ("answers", "texts") else list(balance.get("counts", {}))
+    plain = {name: " ".join(name.casefold().split()) for name in names}
+    times = Counter(plain.values())
+    return sorted(name for name in names if times[plain[name]] > 1)
 
 
 def _keys(rows: Dataset, columns: Sequence[Column]) -> _Keys:

@@ -142,7 +142,8 @@ def _words(table: Table, name: str, *, split: bool) -> list[list[str]]:
         name,
         cells,
         lambda cell: isinstance(cell, list) and all(map(_is_text, cell)),
-        expected='a list of texts, ["EU", "rejects"], as in jsonl or parquet; or a CoNLL file (.conll)',
+        expected='a list of texts, ["EU", "rejects"], as in jsonl or parquet; or a CoNLL file (.conll). Numbers stand '
+        "for tags only with a ClassLabel that names them, as in parquet files and on the Hub",
     )
     _check_unicode(table, name, cells)
     return cells

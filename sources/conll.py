@@ -14,6 +14,7 @@ from heedful import UserError
 from sources.tables import Dialect, Table, log, read_text
 
 DOCUMENT_START = "-DOCSTART-"
+TAG = re.compile(r"O|[BIESLUMW]-\S.*")
 BLANKS = re.compile("[ \t]+")  # not \s: a no-break space may be a token
 
 
@@ -62,6 +63,13 @@ def read_conll(path: Path, dialect: Dialect) -> Table:
         cells=lambda name: [[line.cells[names.index(name)] for line in group] for group in sentences],
         place=lambda i: f"the sentence from line {sentences[i][0].number}",
     )
+
+
+def looks_like_words(text: str) -> bool:
+    """Whether every line that is not blank is one word, or ends in a tag."""
+    lines = [line for group in _sentences(text) for line in group if not line.cells[0].startswith("#")]
+    widths = {len(line.cells) for line in lines}
+    return widths == {1} or (1 not in widths and all(TAG.fullmatch(line.cells[-1]) for line in lines))
 
 
 def _sentences(text: str) -> list[list[Line]]:

@@ -78,11 +78,13 @@ def _ambiguous(table: Table, column: Column, usual: Sequence[str]) -> UserError:
 
 
 def _missing(table: Table, column: Column) -> UserError:
-    guess = next((name for name in table.names if name.lower().strip() in column.names), "NAME")
+    only = table.names[0] if len(table.names) == 1 else "NAME"
+    guess = next((name for name in table.names if name.lower().strip() in column.names), only)
+    words = "; a file with a word and its tag on each line ends in .conll" if column.kind == "words" else ""
     return UserError(
         f"no column for {column.role!r} among {_listed(table.names)}",
         where=table.source,
-        expected=f"a column named {_listed(column.names)}",
+        expected=f"a column named {_listed(column.names)}{words}",
         fix=table.hint or f"say which column it is: data.columns.{column.role}={guess}; a csv file needs a header line",
     )
 

@@ -23,7 +23,7 @@ from huggingface_hub import HfApi
 from heedful import UserError
 from sources.cells import check_row_wise, convert, split_words
 from sources.columns import Column, ColumnKind
-from sources.conll import read_conll
+from sources.conll import looks_like_words, read_conll
 from sources.files import sha256_of
 from sources.matching import match_columns
 from sources.streams import BLOCK_READERS, hub_blocks
@@ -78,7 +78,8 @@ def read_rows(
         UserError: Whatever would make the rows other than what the user believes them to be.
     """
     dialect = dialect or Dialect()
-    table = with_fields(_open_filled(source, columns, dialect), mapping.values())
+    wanted = [column for column in columns if need_targets or not column.target]
+    table = with_fields(_open_filled(source, wanted, dialect), mapping.values())
     names = match_columns(table, columns, mapping, need_targets=need_targets)
     _say_unused(table, set(names.values()))
     table = _sample(table, max_rows, seed)
@@ -297,7 +298,7 @@ def _open(source: str, columns: Sequence[Column], dialect: Dialect) -> Table:
         return TEXT_READERS[path.suffix](path, dialect)
     if path.suffix == ".parquet":
         return read_parquet(path)
-    if path.suffix in CONLL_SUFFIXES or (path.suffix == ".txt" and any(column.kind == "words" for column in columns)):
+    if path.suffix in CONLL_SUFFIXES or (path.suffix == ".txt" and _holds_words(path, columns, dialect)):
         return read_conll(path, dialect)
     if path.suffix == ".txt":
         return _read_lines(path, columns, dialect)
@@ -307,6 +308,20 @@ def _open(source: str, columns: Sequence[Column], dialect: Dialect) -> Table:
         expected=f"one of {' '.join(SUFFIXES)}",
         fix="rename or convert the file",
     )
+
+
+def _holds_words(path: Path, columns: Sequence[Column], dialect: Dialect) -> bool:
+    """Whether a ``.txt`` file has a word on each line, as it must where words and tags are wanted.
+
+    Where words alone are, it may as well hold a sentence on each line; the lines themselves tell.
+    """
+    kinds = {column.kind for column in columns}
+    if "words" not in kinds or "tags" in kinds:
+        return "words" in kinds
+    words = looks_like_words(read_text(path, dialect.encoding))
+    if not words:
+        log.warning("%s: a sentence on each line; a file with a word on each line ends in .conll", path)
+    return words
 
 
 def _locate(source: str) -> tuple[Path | None, str | None]:

@@ -137,7 +137,8 @@ def read_csv(path: Path, dialect: Dialect) -> Table:
     text = read_text(path, dialect.encoding)
     quoting = csv.QUOTE_MINIMAL if dialect.quotes else csv.QUOTE_NONE
     with _any_cell_size():
-        records = list(_records(path, csv.reader(io.StringIO(text, newline=""), **_format(delimiter, quoting))))
+        reader = csv.reader(io.StringIO(text, newline=""), **_format(delimiter, quoting))
+        records = list(_records(path, reader, hint=_other_delimiter([text.split("\n", 1)[0]], delimiter)))
     (_, header), body = records[0], records[1:]
     _refuse_twins(path, header)
     for line, cells in body:
@@ -173,8 +174,12 @@ def _any_cell_size() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record with the line on which it starts; blank lines hold no record."""
+def _records(path: Path, reader: Any, *, hint: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield each record with the line on which it starts; blank lines hold no record.
+
+    Args:
+        hint: What to do should the file be broken, if its first line tells.
+    """
     start = 1
     try:
         for cells in reader:
@@ -186,7 +191,7 @@ def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             f"{error}",
             where=f"{path}, the record that starts on line {start}",
             expected='a cell opened with " to be closed with " (a quote inside it is written "")',
-            fix="mend the quote; if quotes are ordinary characters in this file, set data.quotes=false",
+            fix=hint or "mend the quote; if quotes are ordinary characters in this file, set data.quotes=false",
         ) from None
 
 

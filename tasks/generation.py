@@ -290,10 +290,10 @@ def _form(row: Mapping[str, Any]) -> Form:
     if len(forms) == 1 and ("prompt" in row) == (forms[0] == "completion"):
         return forms[0]
     raise UserError(
-        f"the columns {', '.join(name for name in row if name != 'row')}",
+        f"the columns {', '.join(name for name in row if name != 'row') or 'have none of the usual names'}",
         where="data.train",
         expected="text, or prompt and completion, or messages",
-        fix="name them: data.columns.prompt=...; drop the columns of the other forms",
+        fix="say which they are: data.columns.text=..., or .prompt and .completion, or .messages; drop the others",
     )
 
 

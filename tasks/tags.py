@@ -7,12 +7,11 @@ BMEWO (M, W) are BIOES in other letters, and are read as such.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from heedful import UserError
+from sources.conll import TAG
 
-TAG = re.compile(r"O|[BIESLUMW]-\S.*")
 PREFIXES = {"IOB1": "BI", "IOB2": "BI", "BIOES": "BIESLUMW"}
 """The letters that each scheme allows."""
 SAME_LETTER = str.maketrans("LUMW", "ESIS")

@@ -388,6 +388,20 @@ def test_a_run_trained_from_a_folder_is_evaluated_on_the_same_splits(project, cl
     assert json.loads(cli_run("evaluate", "runs/run")[1]) == stored
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["resume=nowhere"],
+        ["train.per_device_train_batch_size=3", "train.gradient_accumulation_steps=3"],
+    ],
+)
+def test_what_needs_no_data_is_refused_before_the_data_is_read(overrides, project, cli_run, monkeypatch):
+    monkeypatch.setattr("pipelines.finetune.read_splits", lambda *_: pytest.fail("read"))
+    code, _, log = cli_run("finetune", "run.yaml", *overrides)
+    assert code == 2
+    assert "error" in log
+
+
 def test_resuming_from_another_runs_checkpoint_is_refused(project, cli_run):
     cli_run("finetune", "run.yaml")
     other = cli_run("finetune", "run.yaml", "output_dir=runs/other", "resume=runs/run/checkpoints/step-2")

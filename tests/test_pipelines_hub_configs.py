@@ -104,7 +104,8 @@ def hub(monkeypatch):
     """A Hub that holds ``FEATURES``; returns what was asked of it, (name, split)."""
     asked = []
 
-    def load(name, subset, *, split, revision):
+    def load(name, subset, *, split, revision, streaming):
+        assert not streaming
         source = name + (f"@{revision}" if revision else "") + (f"[{subset}]" if subset else "")
         asked.append((source, split))
         if source not in FEATURES or split not in SPLITS.get(source, {"train", "validation", "test"}):

@@ -198,6 +198,15 @@ def test_summary_marks_what_deserves_a_look():
     assert clean == ["train: 2 rows; labels x 1, y 1"]
 
 
+def test_labels_that_may_be_one_are_named():
+    assert "! train: labels that differ in case or blanks alone: 'A', 'a'" in summary(
+        run(train=labelled(["a", "A", "b", "a-", "a"], Value("string")))
+    )
+    told = summary(run(train=labelled([["news item", "News  Item"], ["x"]], List(Value("string")))))
+    assert "! train: labels that differ in case or blanks alone: 'News  Item', 'news item'" in told
+    assert not [line for line in summary(run(train=texts(("a", "x"), ("b", "y")))) if "case" in line]
+
+
 def test_the_audit_is_json_and_needs_no_targets():
     assert json.loads(json.dumps(asdict(faulty()))) == asdict(faulty())
     bare = run(train=Dataset.from_dict({"row": [0, 1], "text": ["a", "a"]}))

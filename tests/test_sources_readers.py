@@ -113,6 +113,7 @@ REFUSED = {
     ),
     "utf-16": ("a.csv", "text,label\nx,a\n".encode("utf-16"), CLS, ["data.encoding=utf-16"]),
     "semicolons": ("a.csv", "text;label\nx;1\n", CLS, ["data.delimiter=';'", "'text;label'"]),
+    "quoted, with semicolons": ("a.csv", '"text";"label"\n"a; b";"x"\n', CLS, ["data.delimiter=';'"]),
     "tabs in csv": ("a.csv", "text\tlabel\nx\t1\n", CLS, ["data.delimiter='tab'"]),
     "commas in tsv": ("a.tsv", "text,label\nx,1\n", CLS, ["data.delimiter=','"]),
     "broken line": ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": \n', CLS, ["line 3", "broken JSON"]),
@@ -142,7 +143,9 @@ REFUSED = {
     "name twice": ("a.csv", "text,text,label\nx,y,a\n", CLS, ["line 1", "twice: 'text'"]),
     "unknown ending": ("a.docx", "x", CLS, [".docx", ".jsonl"]),
     "tags too few": ("a.jsonl", [{"tokens": ["a", "b"], "tags": ["O"]}], NER, ["line 1", "2 tokens but 1 tags"]),
-    "tags as numbers": ("a.jsonl", [{"tokens": ["a"], "tags": [0]}], NER, ["'tags'", "list of texts"]),
+    "tags as numbers": ("a.jsonl", [{"tokens": ["a"], "tags": [0]}], NER, ["'tags'", "list of texts", "ClassLabel"]),
+    "conll as tsv": ("a.tsv", "the\tO\ncat\tB-X\n", NER, ["ends in .conll"]),
+    "the only column": ("a.csv", "review\nx\n", NER, ["data.columns.tokens=review"]),
     "tokens as text": ("a.csv", "tokens,tags\na b,O O\n", NER, ["'tokens'", "line 2", "conll"]),
     "null token": ("a.jsonl", [{"tokens": [None], "tags": ["O"]}], NER, ["line 1"]),
     "surrogate token": ("a.jsonl", '{"tokens": ["\\udc00"], "tags": ["O"]}\n', NER, ["surrogate"]),
@@ -327,6 +330,21 @@ def test_prediction_needs_no_targets(tmp_path):
     assert read(plain, NER, need_targets=False)["tokens"][0] == ["Anna", ",", "come", "!"]
 
 
+@pytest.mark.parametrize("text", ["the cat sat\nthe dog ran\n", "the cat\n\nO my\n", "Anna\nshe came\n"])
+def test_sentences_to_predict_are_not_taken_for_columns(tmp_path, text, caplog):
+    """Of equally many words each, they would be read as words with tags, and all but the first word be lost."""
+    found = read(write(tmp_path / "a.txt", text), NER, need_targets=False)["tokens"][:]
+    assert found == [line.split() for line in text.splitlines() if line]
+    assert "a sentence on each line; a file with a word on each line ends in .conll" in caplog.text
+
+
+@pytest.mark.parametrize("text", [CONLL, "the O\n\nParis B-LOC\n", "# a comment\nthe O\n", "Anna\ncame\n"])
+def test_a_tagged_text_file_to_predict_is_conll(tmp_path, text, caplog):
+    found = read(write(tmp_path / "a.txt", text), NER, need_targets=False)["tokens"][:]
+    assert found == read(write(tmp_path / "a.conll", text), NER, need_targets=False)["tokens"][:]
+    assert "sentence on each line" not in caplog.text
+
+
 def test_json_lines_in_a_json_file(tmp_path):
     path = write(tmp_path / "a.json", '{"text": "x", "label": 1}\n{"text": "y", "label": 2}\n')
     assert read(path)["label"][:] == ["1", "2"]
@@ -397,10 +415,10 @@ def test_hub_sources(monkeypatch):
     for source in ("imdb:train", "nyu-mll/glue[sst2]:validation", "a/b:train[:10%]", "a/b@refs/pr/1[c]:train"):
         assert read(source)["text"][:] == ["x"]
     assert asked == [
-        (("imdb", None), {"split": "train", "revision": None}),
-        (("nyu-mll/glue", "sst2"), {"split": "validation", "revision": None}),
-        (("a/b", None), {"split": "train[:10%]", "revision": None}),
-        (("a/b", "c"), {"split": "train", "revision": "refs/pr/1"}),
+        (("imdb", None), {"split": "train", "revision": None, "streaming": False}),
+        (("nyu-mll/glue", "sst2"), {"split": "validation", "revision": None, "streaming": False}),
+        (("a/b", None), {"split": "train[:10%]", "revision": None, "streaming": False}),
+        (("a/b", "c"), {"split": "train", "revision": "refs/pr/1", "streaming": False}),
     ]
 
 
