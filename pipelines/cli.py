@@ -156,7 +156,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     code = 1  # as Python ends after an exception that nobody caught
     if "RANK" in os.environ:
-        atexit.register(lambda: leave(code))  # the first to be registered is the last to be called
+        atexit.register(lambda: leave(code))  # before wandb and torch register theirs, and so called after them
     code = _run()
     sys.exit(code)
 
@@ -168,16 +168,20 @@ def leave(code: int) -> NoReturn:
     waits for ever for a thread that waits for the interpreter, or a thread aborts the process (exit code -6), and
     torchrun then ends all others, however well the run went.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # a pipe may be broken, a disk full
+        os._exit(code)
 
 
 def _run() -> int:
     try:
         app(standalone_mode=True)
     except SystemExit as ended:  # typer's way back
-        return int(ended.code or 0)
+        if isinstance(ended.code, str):
+            raise
+        return ended.code or 0
     except UserError as error:
         if "--debug" in sys.argv:
             raise

@@ -332,8 +332,9 @@ def _faults_of_streaming(config: RunConfig) -> list[str]:
     if not config.data.streaming:
         return []
     lacking = [f"train.{verb}_steps=N" for verb in ("eval", "save") if getattr(train, f"{verb}_strategy") == "epoch"]
+    never = ", or train.eval_strategy=no train.save_strategy=no" if lacking else ""
     lacking += ["train.max_steps=N"] if train.max_steps is None else []
-    return [f"data.streaming: a stream's length is not known: say {' '.join(lacking)}"] if lacking else []
+    return [f"data.streaming: a stream's length is not known: say {' '.join(lacking)}{never}"] if lacking else []
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@ seed -> tokenizer -> data (audited) -> model -> LoRA -> optimizer -> accelerator
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,15 @@ from torch import nn
 
 from heedful import UserError
 from pipelines import building, runs
+from pipelines.baselines import described, merged, score_baselines, score_before_training
 from pipelines.config import RunConfig
 from pipelines.preparation import (
     build_accelerator,
     build_console,
     encode,
     fetch_assets,
+    fingerprints,
+    pin_stream,
     read_splits,
     split_sources,
     stream_blocks,
@@ -35,11 +36,9 @@ from pipelines.preparation import (
 )
 from pipelines.report import learned_tokens, progress_lines, show_end
 from pipelines.runs import Run
-from pipelines.scoring import evaluate_split, score_baseline
+from pipelines.scoring import evaluate_split
 from sources.audit import Audit, audit, check, summary
-from sources.readers import fingerprint
 from tasks import TASKS
-from tasks.baselines import Split
 from tasks.protocol import Task
 from training import checkpoints
 from training.batches import epochs, examples
@@ -50,9 +49,6 @@ from training.loop import Trainee, train
 from training.sharding import is_sharded
 from training.tracking import Tracker, truncate_history, wandb_sinks
 
-Baselines = dict[str, dict[str, dict[str, Any]]]
-"""For each split what the model has to beat, by name, with its metrics."""
-BEFORE_TRAINING = "before training"
 NOT_A_SCORE = ("best_f1_thresh",)
 """Metrics that are neither better when greater nor when less."""
 
@@ -65,7 +61,6 @@ class Prepared:
     sources: dict[str, str]
     rows: dict[str, datasets.Dataset]
     features: dict[str, datasets.Dataset]
-    fingerprints: dict[str, str]
     assets: list[dict[str, Any]]
     audited: Audit
 
@@ -96,13 +91,12 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     eval_batch_size = config.train.per_device_eval_batch_size
-    baselines = score_baselines(data)
+    baselines = score_baselines(task, data.rows, features)
     check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size, patience=schedule.patience)
-    position = resume(run, checkpoint, trainee, data=data.fingerprints, console=console)
+    hashes = fingerprints(config, data.sources, accelerator)
+    position = resume(run, checkpoint, trainee, data=hashes, console=console)
     if accelerator.is_main_process:
-        manifest = runs.manifest(
-            config, data=data.fingerprints, assets=data.assets, world_size=accelerator.num_processes
-        )
+        manifest = runs.manifest(config, data=hashes, assets=data.assets, world_size=accelerator.num_processes)
         run.open_(config, manifest, asdict(data.audited))
 
     def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
@@ -123,7 +117,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
         write_json(run.baselines, baselines)
         tell(console, *described(baselines, task.headline))
     if config.data.streaming:
-        blocks = stream_blocks(config, task, data.sources["train"], batching, position.stream)
+        blocks = stream_blocks(config, task, data.sources["train"], batching, position.block)
     else:
         blocks = epochs(features["train"], batching, step=position.step)
     position = train(
@@ -157,6 +151,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     if "train" not in sources:
         raise UserError("no training data", where="data.train", fix="name it: data.train=FILE")
     assets = fetch_assets([config.model.name, config.model.tokenizer, *sources.values()], accelerator, console)
+    sources = pin_stream(sources, accelerator) if config.data.streaming else sources
     rows = read_splits(config, sources)
     task = building.build_task(config, rows["train"])
     for split in rows:
@@ -172,17 +167,13 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     if config.data.streaming:
         tell(
             console,
-            f"train is a stream: labels, audit and baselines are those of its first {len(rows['train']):,} rows; the "
-            "rest is read, checked and shuffled in blocks of as many",
+            f"train is a stream: labels, their weights, the audit with its limits and the baselines are those of its "
+            f"first {len(rows['train']):,} rows; the rest is read, checked and shuffled in blocks of as many",
         )
     if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
         console.print(shown)
     check(audited, building.audit_limits(config))
-    streamed = ("train",) if config.data.streaming else ()
-    hashes = {split: fingerprint(source, streaming=split in streamed) for split, source in sources.items()}
-    if config.model.tokenizer is not None and Path(config.model.tokenizer).is_dir():
-        hashes["tokenizer"] = fingerprint(config.model.tokenizer)
-    return Prepared(task, sources, rows, features, hashes, assets, audited)
+    return Prepared(task, sources, rows, features, assets, audited)
 
 
 def check_headline(
@@ -261,39 +252,6 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
         truncate_history(run.history, after=position.step)
     say(f"resuming after step {position.step} from {path}")
     return position
-
-
-def score_baselines(data: Prepared) -> Baselines:
-    """What the task's rule, learned from the training rows, scores on each other split."""
-    pairs = {split: Split(rows, data.features[split]) for split, rows in data.rows.items()}
-    return {s: score_baseline(data.task, pairs["train"], pair) for s, pair in pairs.items() if s != "train"}
-
-
-def score_before_training(
-    run: Run, position: Position, score: Callable[[str], dict[str, Any]], *, splits: Sequence[str]
-) -> Baselines:
-    """The same of the model before its first update; a run that goes on keeps what its beginning found."""
-    if not position.step:
-        return {split: {BEFORE_TRAINING: score(split)} for split in splits}
-    stored = json.loads(run.baselines.read_text(encoding="utf-8")) if run.baselines.is_file() else {}
-    return {
-        split: {name: found for name, found in stored.get(split, {}).items() if name == BEFORE_TRAINING}
-        for split in splits
-    }
-
-
-def merged(one: Baselines, other: Baselines) -> Baselines:
-    """Both, split by split."""
-    return {split: found | other[split] for split, found in one.items()}
-
-
-def described(baselines: Baselines, headline: str) -> list[str]:
-    """A line for each, with its headline metric."""
-    return [
-        f"{split}, {name}: {headline} {metrics[headline]:.4f}"
-        for split, found in baselines.items()
-        for name, metrics in found.items()
-    ]
 
 
 def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Console) -> Tracker:

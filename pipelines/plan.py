@@ -48,12 +48,12 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     accelerator = build_accelerator(bf16=config.train.bf16)
     console = build_console(accelerator, console)
     be_deterministic(config.seed)
+    batching = building.build_batching(config, accelerator)
     data = prepare(config, accelerator, console)
     features, task = data.features["train"], data.task
     loaded = building.load_base(config, task)
     model = building.adapt(config, loaded, features, padding=task.tokenizer.pad_token_id or 0)
     description = "\n".join([building.describe_model(loaded, model), *building.distribute(config, model, accelerator)])
-    batching = building.build_batching(config, accelerator)
     lengths = np.asarray(features["length"])
     schedule = building.build_schedule(config, task, batching.steps_per_epoch(len(lengths)), validated=False)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)

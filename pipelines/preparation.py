@@ -14,18 +14,18 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from heedful import UserError
 from pipelines.config import DataSection, RunConfig
 from sources.assets import ensure, record
-from sources.readers import find_splits, read_blocks, read_rows
+from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect
 from tasks import TASKS
 from tasks.protocol import Task
-from training.batches import Batching, Block, StreamStart
+from training.batches import Batching, Block, BlockStart
 from training.models import supports_bf16
 
 ENCODE_BATCH = 1000
@@ -105,7 +105,7 @@ def read_splits(config: RunConfig, sources: Mapping[str, str]) -> dict[str, data
     """Read each split's rows as the task wants them; of a stream its first block, which stands for the whole."""
     data = config.data
     limits = {"train": data.max_train_samples}
-    streamed = {"train": first_block(config, sources["train"])} if data.streaming and "train" in sources else {}
+    streamed = {"train": first_block(config, sources["train"])} if data.streaming else {}
     return streamed | {
         name: read_rows(
             source,
@@ -126,9 +126,10 @@ def first_block(config: RunConfig, source: str) -> datasets.Dataset:
     Raises:
         UserError: There are none.
     """
-    for rows in read_stream(config, source, say_unused=True):
-        return rows
-    raise UserError("0 rows", where=source, expected="at least one row", fix="check how the file was written")
+    rows = next(read_stream(config, source, say_unused=True), None)
+    if rows is None:
+        raise UserError("0 rows", where=source, expected="at least one row", fix="check how the file was written")
+    return rows
 
 
 def read_stream(
@@ -146,23 +147,32 @@ def read_stream(
     )
 
 
-def stream_blocks(
-    config: RunConfig, task: Task, source: str, batching: Batching, start: StreamStart | None
-) -> Iterator[Block]:
+def stream_blocks(config: RunConfig, task: Task, source: str, batching: Batching, start: BlockStart) -> Iterator[Block]:
     """Streamed training rows as blocks of features, pass after pass, from where a checkpoint says.
 
     Raises:
         UserError: Rows that the task can not learn from, when their block is reached.
     """
-    at = start or StreamStart()
     while True:
-        for rows in read_stream(config, source, start=at.row):
-            task.check(rows, where=f"{source}, rows from {at.row} on")
-            block = Block(at.number, at.first_step, encode(task, rows, training=True), start=at)
-            yield block
-            steps = batching.steps_per_epoch(len(block.features))
-            at = replace(at, number=at.number + 1, first_step=at.first_step + steps, row=at.row + len(rows))
-        at = replace(at, row=0, passes=at.passes + 1)
+        began = start
+        for rows in read_stream(config, source, start=start.row):
+            _check_later(task, rows, where=f"{source}, rows from {start.row} on")
+            if features := _encoded(task, rows, training=True):
+                yield Block(start, features, epoch_share=0.0)
+                steps = batching.steps_per_epoch(len(features))
+                start = replace(start, number=start.number + 1, first_step=start.first_step + steps)
+            start = replace(start, row=start.row + len(rows))
+        if start.number == began.number and not began.row:
+            raise UserError("nothing to learn from in a whole pass", where=source, fix="check the file")
+        start = replace(start, row=0, passes=start.passes + 1)
+
+
+def _check_later(task: Task, rows: datasets.Dataset, *, where: str) -> None:
+    try:
+        task.check(rows, where=where)
+    except UserError as error:
+        fix = "raise data.buffer_size, or shuffle the file: the first block of a stream says what labels there are"
+        raise UserError(error.found, where=error.where, expected=error.expected, fix=fix) from error
 
 
 def dialect(data: DataSection) -> Dialect:
@@ -173,16 +183,35 @@ def dialect(data: DataSection) -> Dialect:
 def encode(task: Task, rows: datasets.Dataset, *, training: bool) -> datasets.Dataset:
     """Tokenize rows into features, in memory.
 
-    Not by ``Dataset.map``: it casts a feature to the type of the row's column of the same name, label ids to strings.
-
     Raises:
         UserError: Nothing is left to learn from or to score.
     """
+    features = _encoded(task, rows, training=training)
+    if not len(features):
+        raise UserError("no features: every row is empty after tokenization")
+    return features
+
+
+def _encoded(task: Task, rows: datasets.Dataset, *, training: bool) -> datasets.Dataset:
+    """Not by ``Dataset.map``: it casts a feature to the type of the row's column of the same name, ids to strings."""
     parts = [
         datasets.Dataset.from_dict(task.encode(rows[start : start + ENCODE_BATCH], training=training))
         for start in range(0, len(rows), ENCODE_BATCH)
     ]
-    features = datasets.concatenate_datasets([part for part in parts if len(part)] or parts[:1])
-    if not len(features):
-        raise UserError("no features: every row is empty after tokenization")
-    return features
+    return datasets.concatenate_datasets([part for part in parts if len(part)] or parts[:1])
+
+
+def fingerprints(config: RunConfig, sources: Mapping[str, str], accelerator: Accelerator) -> dict[str, str]:
+    """Hashes of what the run learns from and is scored on, by the main process alone: a stream may be long."""
+    hashes: dict[str, str] = {}
+    if accelerator.is_main_process:
+        hashes = {split: fingerprint(source) for split, source in sources.items()}
+        if config.model.tokenizer is not None and Path(config.model.tokenizer).is_dir():
+            hashes["tokenizer"] = fingerprint(config.model.tokenizer)
+    return broadcast_object_list([hashes])[0]  # type: ignore[no-any-return]
+
+
+def pin_stream(sources: dict[str, str], accelerator: Accelerator) -> dict[str, str]:
+    """Have all ranks, and all passes, read one commit of streamed training rows."""
+    source = pinned(sources["train"]) if accelerator.is_main_process else ""
+    return sources | {"train": broadcast_object_list([source])[0]}

@@ -63,10 +63,10 @@ def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
 
 
 def progress_lines(console: Console, what: str, *, now: Callable[[], float] = time.monotonic) -> Tick:
-    """Say now and then how far an evaluation is, and about how long it will take; nothing if it is short.
+    """Say now and then how far a prediction is, and about how long it will take; nothing if it is short.
 
     Args:
-        what: That is evaluated.
+        what: That answers are predicted for.
         now: The clock, in seconds.
     """
     started = last = now()
@@ -77,7 +77,7 @@ def progress_lines(console: Console, what: str, *, now: Callable[[], float] = ti
             return
         last = now()
         left = timedelta(seconds=round((last - started) / done * (total - done)))
-        console.print(f"{what}: {done:,} of {total:,} evaluated, {left} left", highlight=False, markup=False)
+        console.print(f"{what}: {done / total:.0%} done, {left} left", highlight=False, markup=False)
 
     return tick
 

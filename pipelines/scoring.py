@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from tasks.baselines import Split, baseline
 from tasks.protocol import Output, Task
 from tasks.uncertainty import bootstrap
 from training.evaluation import Tick, predict, untold
@@ -36,12 +35,6 @@ def evaluate_split(
     if accelerator.is_main_process:
         result = [_score(task, task.decode(predictions, rows), rows, intervals=intervals)]
     return broadcast_object_list(result)[0]  # type: ignore[no-any-return]
-
-
-def score_baseline(task: Task, train: Split, test: Split) -> dict[str, dict[str, float]]:
-    """The metrics of the task's rule (``tasks.baselines``) under its name; empty where it has none."""
-    found = baseline(task, train, test)
-    return {} if found is None else {found[0]: task.score(found[1], test.rows)}
 
 
 def _score(task: Task, outputs: list[Output], rows: datasets.Dataset, *, intervals: bool) -> dict[str, Any]:

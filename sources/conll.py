@@ -66,10 +66,11 @@ def read_conll(path: Path, dialect: Dialect) -> Table:
 
 
 def looks_like_words(text: str) -> bool:
-    """Whether every line that is not blank is one word, or ends in a tag."""
-    lines = [line for group in _sentences(text) for line in group if not line.cells[0].startswith("#")]
-    widths = {len(line.cells) for line in lines}
-    return widths == {1} or (1 not in widths and all(TAG.fullmatch(line.cells[-1]) for line in lines))
+    """Whether most lines that are not blank are one word, or end in a tag; of the others ``read_conll`` will tell."""
+    lines = [line for group in _sentences(text) for line in group]
+    plain = [line for line in lines if not line.cells[0].startswith("#")] or lines
+    words = sum(len(line.cells) == 1 or TAG.fullmatch(line.cells[-1]) is not None for line in plain)
+    return words > len(plain) / 2
 
 
 def _sentences(text: str) -> list[list[Line]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val
 HUB_ID = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?:\[(?P<config>[^\]]+)\])?:(?P<split>.+)"
 )
+COMMIT = re.compile("[0-9a-f]{40}")
 PART = "|||"
 
 
@@ -105,7 +107,7 @@ def read_blocks(
         say_unused: Name the columns that are not read, which is wanted once and not at every pass.
 
     Yields:
-        Rows as ``read_rows`` returns them, ``row`` from 0 in each block.
+        Rows as ``read_rows`` returns them, ``row`` counted over all blocks.
 
     Raises:
         UserError: As ``read_rows``, when the block at fault is reached; a source that can not be streamed.
@@ -116,11 +118,18 @@ def read_blocks(
         names = match_columns(table, columns, mapping, need_targets=True)
         if say_unused:
             _say_unused(table, set(names.values()))
-        yield _converted(table, columns, names, separator=dialect.label_separator, split=False)
+        yield _converted(table, columns, names, separator=dialect.label_separator, split=False, first=start)
+        start += table.size
 
 
 def _converted(
-    table: Table, columns: Sequence[Column], names: Mapping[str, str], *, separator: str | None, split: bool
+    table: Table,
+    columns: Sequence[Column],
+    names: Mapping[str, str],
+    *,
+    separator: str | None,
+    split: bool,
+    first: int = 0,
 ) -> datasets.Dataset:
     found = [column for column in columns if column.role in names]
     data, features = {}, datasets.Features({"row": datasets.Value("int64")})
@@ -129,7 +138,8 @@ def _converted(
             table, names[column.role], column, separator=separator, split=split
         )
     check_row_wise(table, data, found)
-    return datasets.Dataset.from_dict({"row": list(range(table.size)), **data}, features=features)
+    rows = list(range(first, first + table.size))
+    return datasets.Dataset.from_dict({"row": rows, **data}, features=features)
 
 
 def read_texts(
@@ -236,15 +246,29 @@ def find_splits(folder: str) -> dict[str, str]:
     return found
 
 
-def fingerprint(source: str, *, streaming: bool = False) -> str:
+def pinned(source: str) -> str:
+    """The same source, of a data set on the Hub as it is now: with the commit that its name stands for.
+
+    Raises:
+        UserError: The Hub can not be asked.
+    """
+    if _locate(source)[0] is not None:
+        return source
+    named = _hub_name(source)
+    with _asking_the_hub(source):
+        commit = HfApi().dataset_info(named["name"], revision=named["revision"]).sha
+    return f"{named['name']}@{commit}" + (f"[{named['config']}]" if named["config"] else "") + f":{named['split']}"
+
+
+def fingerprint(source: str) -> str:
     """Hash the bytes that a source stands for (sha256, hexadecimal); of a folder, names and bytes of all its files.
 
-    Of a streamed data set on the Hub it is the commit that the name stands for now, since its bytes are not at hand.
+    Of a data set on the Hub that is named with its commit, it is that commit: a stream's bytes are not at hand.
     """
     path, split = _locate(source)
-    if path is None and streaming:
-        return _hub_commit(source)
     if path is None:
+        if COMMIT.fullmatch(_hub_name(source)["revision"] or ""):
+            return str(_hub_name(source)["revision"])
         files = sorted(Path(item["filename"]) for item in _load_hub(source).cache_files)
         return _hash_files([(str(i), file) for i, file in enumerate(files)])
     if path.is_file():
@@ -373,12 +397,23 @@ def _open_folder(path: Path, split: str | None) -> Table:
 
 
 def _load_hub(source: str, *, streaming: bool = False) -> Any:
+    named = _hub_name(source)
+    with _asking_the_hub(source):
+        return datasets.load_dataset(
+            named["name"], named["config"], split=named["split"], revision=named["revision"], streaming=streaming
+        )
+
+
+def _hub_name(source: str) -> dict[str, Any]:
     match = HUB_ID.fullmatch(source)
     assert match is not None  # _locate let it through
+    return match.groupdict()
+
+
+@contextmanager
+def _asking_the_hub(source: str) -> Iterator[None]:
     try:
-        return datasets.load_dataset(
-            match["name"], match["config"], split=match["split"], revision=match["revision"], streaming=streaming
-        )
+        yield
     # The library raises its own errors, the HTTP client's, and plain ValueError, RuntimeError and OSError here.
     except Exception as error:
         raise UserError(
@@ -386,20 +421,6 @@ def _load_hub(source: str, *, streaming: bool = False) -> Any:
             where=source,
             expected="an existing file, or a data set that can be had from the Hub: owner/name[config]:split",
             fix="check the name, the split, the network, HF_HUB_OFFLINE; for a gated set: `hf auth login`",
-        ) from error
-
-
-def _hub_commit(source: str) -> str:
-    match = HUB_ID.fullmatch(source)
-    assert match is not None  # _locate let it through
-    try:
-        return str(HfApi().dataset_info(match["name"], revision=match["revision"]).sha)
-    except Exception as error:  # whatever the HTTP client raises
-        raise UserError(
-            f"{type(error).__name__}: {str(error).strip()[:400]}",
-            where=source,
-            expected="the commit of a data set on the Hub, by which a resumed stream is known to be the same",
-            fix="check the name, the revision and the network",
         ) from error
 
 

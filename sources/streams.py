@@ -33,20 +33,19 @@ def jsonl_blocks(path: Path, *, size: int, start: int, encoding: str) -> Iterato
 
 def parquet_blocks(path: Path, *, size: int, start: int, encoding: str) -> Iterator[Table]:
     """Read a parquet file, which has no text encoding; see ``sources.tables.read_parquet``."""
-    with reading_parquet(path):
-        file = pq.ParquetFile(path)
-    ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
-    groups = [group for group, end in enumerate(ends) if end > start]
-    surplus = start - max((end for end in ends if end <= start), default=0)  # of the first of these groups
-    held = pa.Table.from_batches([], file.schema_arrow)
-    for batch in file.iter_batches(batch_size=size, row_groups=groups):
-        held = pa.concat_tables([held, pa.Table.from_batches([batch.slice(surplus)])])
-        surplus = max(0, surplus - len(batch))
-        while len(held) >= size:
-            yield from_arrow(held.slice(0, size), source=str(path), first=start)
-            start, held = start + size, held.slice(size)
-    if len(held):
-        yield from_arrow(held, source=str(path), first=start)
+    with reading_parquet(path), pq.ParquetFile(path) as file:
+        ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+        groups = [group for group, end in enumerate(ends) if end > start]
+        surplus = start - max((end for end in ends if end <= start), default=0)  # of the first of these groups
+        held = pa.Table.from_batches([], file.schema_arrow)
+        for batch in file.iter_batches(batch_size=size, row_groups=groups):
+            held = pa.concat_tables([held, pa.Table.from_batches([batch.slice(surplus)])])
+            surplus = max(0, surplus - len(batch))
+            while len(held) >= size:
+                yield from_arrow(held.slice(0, size), source=str(path), first=start)
+                start, held = start + size, held.slice(size)
+        if len(held):
+            yield from_arrow(held, source=str(path), first=start)
 
 
 def hub_blocks(dataset: datasets.IterableDataset, *, source: str, size: int, start: int) -> Iterator[Table]:

@@ -227,10 +227,12 @@ def read_jsonl(path: Path, dialect: Dialect) -> Table:
 
 def from_lines(path: Path, lines: Sequence[tuple[int, str]]) -> Table:
     """Make a table of numbered lines, a JSON object each; see ``read_jsonl``."""
-    places = [f"line {number}" for number, _ in lines]
-    wheres = [f"{path}, {place}" for place in places]
-    rows = [_object(_parse(line, where=where), where=where) for (_, line), where in zip(lines, wheres, strict=True)]
-    return from_objects(path, rows, place=places.__getitem__)
+    numbers = [number for number, _ in lines]
+    rows = []
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        rows.append(_object(_parse(line, where=where), where=where))
+    return from_objects(path, rows, place=lambda i: f"line {numbers[i]}")
 
 
 def read_json(path: Path, dialect: Dialect) -> Table:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from tiny_families import make_rows, save_body
 
+from training.batches import BlockStart
 from training.checkpoints import newest_whole, read_position
 
 HERE = Path(__file__).parent
@@ -100,14 +101,17 @@ def test_two_killed_processes_resume_bitwise(config, tmp_path):
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
-def test_a_killed_stream_goes_on_to_the_bit(config, tmp_path):
-    """36 rows in blocks of 15, 15, 6: five updates a pass; update 8, where the run goes on, lies within a block."""
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_stream_goes_on_to_the_bit(processes, config, tmp_path):
+    """36 rows in blocks of 15, 15, 6: five updates a pass. Update 8 lies within a block, 12 at the end of one."""
     streamed = ["data.streaming=true", "data.buffer_size=15"]
-    assert run(config, tmp_path / "whole", overrides=streamed).returncode == 0
-    finish_through_kills(config, tmp_path / "killed", ["update:11"], overrides=streamed)
+    assert run(config, tmp_path / "whole", processes=processes, overrides=streamed).returncode == 0
+    points = ["update:11", "update:13"]
+    log = finish_through_kills(config, tmp_path / "killed", points, processes=processes, overrides=streamed)
+    assert "resuming after step 12" in log
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
     position = read_position(newest_whole(tmp_path / "whole/checkpoints", say=pytest.fail))
-    assert vars(position.stream) == {"number": 7, "first_step": 12, "row": 15, "passes": 2}
+    assert position.block == BlockStart(number=7, first_step=12, row=15, passes=2)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A streamed run: the plain one where the buffer holds everything, clear where it can not go on."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import yaml
 from test_pipelines_resume import facts
 from tiny_families import make_rows, save_body
 
+from heedful import UserError
 from pipelines.building import build_task
 from pipelines.config import load
 from pipelines.preparation import stream_blocks
 from sources.readers import read_rows
 from tasks import TASKS
-from training.batches import Batching
+from training.batches import Batching, BlockStart
 from training.checkpoints import newest_whole
 
 STREAMING = ["data.streaming=true", "train.max_steps=7", "train.eval_steps=3", "train.save_steps=3"]
@@ -52,17 +54,40 @@ def test_blocks_follow_each_other_from_any_of_them(project):
     settings = load("run.yaml", [*STREAMING, "data.buffer_size=6"])
     task = build_task(settings, read_rows("train.jsonl", columns=TASKS["classification"].columns, mapping={}))
     batching = Batching(4, seed=0)
-    blocks = list(islice(stream_blocks(settings, task, "train.jsonl", batching, None), 9))
-    assert [block.first_step for block in blocks] == [0, 2, 4, 6, 7, 9, 11, 13, 14]
+    blocks = list(islice(stream_blocks(settings, task, "train.jsonl", batching, BlockStart()), 9))
+    assert [block.start.first_step for block in blocks] == [0, 2, 4, 6, 7, 9, 11, 13, 14]
     assert [block.start.passes for block in blocks] == [0] * 4 + [1] * 4 + [2]
-    assert [block.number for block in blocks] == list(range(9))
+    assert [block.start.number for block in blocks] == list(range(9))
     inputs = [ids for block in blocks[4:8] for ids in block.features["input_ids"]]
     assert inputs == [ids for block in blocks[:4] for ids in block.features["input_ids"]]
     assert len(inputs) == 20
     for block in blocks:
         again = next(stream_blocks(settings, task, "train.jsonl", batching, block.start))
-        assert (again.number, again.first_step, again.start) == (block.number, block.first_step, block.start)
+        assert again.start == block.start
         assert again.features.to_dict() == block.features.to_dict()
+
+
+def test_a_block_with_nothing_to_learn_is_passed_over(project):
+    """The last one may be a single row; of NER, one without words."""
+    rows = [*[{"tokens": ["a", "b"], "tags": ["O", "B-X"]}] * 4, {"tokens": [], "tags": []}]
+    Path("ner.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("ner.yaml").write_text(yaml.safe_dump({"task": "ner", "model": {"name": "./model"}, "data": {"stride": 4}}))
+    settings = load("ner.yaml", [*STREAMING, "data.buffer_size=2", "data.train=ner.jsonl"])
+    task = build_task(settings, read_rows("ner.jsonl", columns=TASKS["ner"].columns, mapping={}))
+    blocks = islice(stream_blocks(settings, task, "ner.jsonl", Batching(2, seed=0), BlockStart()), 3)
+    assert [(block.start.first_step, block.start.row, block.start.passes) for block in blocks] == [
+        (0, 0, 0),
+        (1, 2, 0),
+        (2, 0, 1),
+    ]
+
+
+def test_a_file_that_was_emptied_ends_the_run(project):
+    settings = load("run.yaml", STREAMING)
+    task = build_task(settings, read_rows("train.jsonl", columns=TASKS["classification"].columns, mapping={}))
+    Path("train.jsonl").write_text("")
+    with pytest.raises(UserError, match="nothing to learn from"):
+        next(stream_blocks(settings, task, "train.jsonl", Batching(2, seed=0), BlockStart()))
 
 
 def test_a_fault_is_found_where_the_stream_reaches_it(project, cli_run):
@@ -72,13 +97,14 @@ def test_a_fault_is_found_where_the_stream_reaches_it(project, cli_run):
     assert code == 2
     assert "unheard of" in log
     assert "rows from 20 on" in log
+    assert "raise data.buffer_size" in log
     assert newest_whole(Path("runs/run/checkpoints"), say=pytest.fail).name == "step-6"
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["data.streaming=true"], "train.eval_steps=N train.save_steps=N train.max_steps=N"),
+        (["data.streaming=true"], "train.eval_steps=N train.save_steps=N train.max_steps=N, or train.eval_strategy=no"),
         ([*STREAMING, "data.max_train_samples=5"], "use train.max_steps"),
         (["data.buffer_size=5"], "no effect without data.streaming=true"),
     ],

@@ -345,6 +345,20 @@ def test_a_tagged_text_file_to_predict_is_conll(tmp_path, text, caplog):
     assert "sentence on each line" not in caplog.text
 
 
+def test_a_line_that_lost_its_tag_is_named_not_taken_for_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="1 columns") as error:
+        read(write(tmp_path / "a.txt", "the O\nParis\nis O\n"), NER, need_targets=False)
+    assert "line 2" in error.value.where
+
+
+def test_sentences_that_begin_with_a_hash_are_no_comments(tmp_path):
+    path = write(tmp_path / "a.txt", "#now in Paris\n#then in Rome\n")
+    assert [" ".join(words) for words in read(path, NER, need_targets=False)["tokens"]] == [
+        "# now in Paris",
+        "# then in Rome",
+    ]
+
+
 def test_json_lines_in_a_json_file(tmp_path):
     path = write(tmp_path / "a.json", '{"text": "x", "label": 1}\n{"text": "y", "label": 2}\n')
     assert read(path)["label"][:] == ["1", "2"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from heedful import UserError
 from sources.columns import Column
-from sources.readers import fingerprint, read_blocks, read_rows
+from sources.readers import fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect
 
 COLUMNS = (Column("text", "text", ("text",)), Column("label", "label", ("label",), target=True))
@@ -39,9 +39,7 @@ def check_blocks(source, blocks, *, size, start):
     expected = read_rows(str(source), columns=COLUMNS, mapping={}).to_list()[start:]
     assert [len(block) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
     assert all(blocks)
-    assert all(row["row"] == i for block in blocks for i, row in enumerate(block))
-    found = [row for block in blocks for row in block]
-    assert [{**row, "row": start + i} for i, row in enumerate(found)] == expected
+    assert [row for block in blocks for row in block] == expected
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -64,20 +62,42 @@ def test_a_hub_data_set_is_streamed_with_its_label_names(size, start, monkeypatc
     check_blocks("owner/name:train", read("owner/name:train", size=size, start=start), size=size, start=start)
 
 
-def test_a_hub_stream_is_known_by_its_commit(monkeypatch):
+@pytest.mark.parametrize("config", ["", "[sub]"])
+def test_a_hub_stream_is_pinned_to_its_commit(config, monkeypatch):
+    """Else a push in mid-run would change what later passes, and resumed runs, read."""
+    commit = "0123456789" * 4
+
     class Api:
         def dataset_info(self, name, *, revision):
             assert (name, revision) == ("owner/name", "v2")
-            return type("Info", (), {"sha": "c0ffee"})
+            return type("Info", (), {"sha": commit})
 
     monkeypatch.setattr("sources.readers.HfApi", Api)
-    assert fingerprint("owner/name@v2:train", streaming=True) == "c0ffee"
+    source = pinned(f"owner/name@v2{config}:train")
+    assert source == f"owner/name@{commit}{config}:train"
+    assert fingerprint(source) == commit
+
+
+def test_a_file_needs_no_pin(files):
+    assert pinned(str(files / "rows.jsonl")) == str(files / "rows.jsonl")
 
 
 def test_a_hub_that_can_not_be_asked_for_the_commit_is_said():
     with pytest.raises(UserError, match="Offline") as error:
-        fingerprint("owner/name:train", streaming=True)
+        pinned("owner/name:train")
     assert error.value.where == "owner/name:train"
+
+
+def test_a_parquet_file_broken_in_the_middle_is_said_when_it_is_reached(tmp_path, files):
+    content = bytearray((files / "rows.parquet").read_bytes())
+    offset = pq.ParquetFile(files / "rows.parquet").metadata.row_group(1).column(0).data_page_offset
+    content[offset : offset + 40] = bytes(40)
+    broken = tmp_path / "rows.parquet"
+    broken.write_bytes(content)
+    blocks = read_blocks(str(broken), columns=COLUMNS, mapping={}, size=7)
+    assert len(next(blocks)) == 7
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        next(blocks)
 
 
 def test_only_the_block_at_hand_is_read(tmp_path):

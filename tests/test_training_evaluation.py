@@ -74,8 +74,8 @@ def test_a_long_evaluation_says_how_far_it_is():
     for done in (10, 20, 30, 60):
         tick(done, 90)
     assert console.file.getvalue().splitlines() == [
-        "test: 20 of 90 evaluated, 0:01:45 left",
-        "test: 60 of 90 evaluated, 0:00:45 left",
+        "test: 22% done, 0:01:45 left",
+        "test: 67% done, 0:00:45 left",
     ]
 
 

@@ -58,8 +58,15 @@ class Batching:
 
 
 @dataclass(frozen=True)
-class StreamStart:
-    """Where a block of a stream begins: the block's number and first step, the rows of this pass, the passes before."""
+class BlockStart:
+    """Where a block begins; a checkpoint keeps it, so that a stream can be read on from there.
+
+    Args:
+        number: Blocks before this one; with the seed it decides the order, and what is drawn anew for each example.
+        first_step: Updates before this block.
+        row: Rows before it in this pass over the data.
+        passes: Passes before this one.
+    """
 
     number: int = 0
     first_step: int = 0
@@ -72,26 +79,23 @@ class Block:
     """Features that are shuffled together: those of an epoch, or of a stretch of a stream.
 
     Args:
-        number: With the seed it decides the order, and what is drawn anew for each example.
-        first_step: Updates made before this block.
         features: Encoded rows (``datasets.Dataset`` with a column ``length``).
-        start: Of a stream, the rows and the passes before this block; a checkpoint keeps them, to be read on from.
+        epoch_share: The part of an epoch that this block is; 0 of a stream, whose end is not known.
     """
 
-    number: int
-    first_step: int
+    start: BlockStart
     features: Any
-    start: StreamStart | None = None
+    epoch_share: float = 1.0
 
-    def epochs(self, share: float) -> float:
-        """Epochs done when this share of the block is; of a stream, whole passes alone, since its end is not known."""
-        return self.number + share if self.start is None else float(self.start.passes)
+    def epochs_done(self, share: float) -> float:
+        """Epochs done when this share of the block is; of a stream, whole passes."""
+        return self.start.passes + self.epoch_share * share
 
 
 def epochs(features: Any, batching: Batching, *, step: int) -> Iterator[Block]:
     """The epoch that holds update ``step``, and those after it, without end."""
     per_epoch = batching.steps_per_epoch(len(features))
-    return (Block(epoch, epoch * per_epoch, features) for epoch in count(step // per_epoch))
+    return (Block(BlockStart(n, n * per_epoch, passes=n), features) for n in count(step // per_epoch))
 
 
 def epoch_batches(lengths: Indices, batching: Batching, *, epoch: int) -> list[Indices]:

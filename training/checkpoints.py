@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import UserError
 from sources.files import sha256_of, share_mode, sync
-from training.batches import StreamStart
+from training.batches import BlockStart
 from training.sharding import is_sharded, local
 
 # Reading without the other ranks is meant.
@@ -50,8 +50,8 @@ class Position:
     world_size: int = 1
     data: dict[str, str] = field(default_factory=dict)
     """Hashes of the files or data sets that the splits were read from."""
-    stream: StreamStart | None = None
-    """Where the block of the last update began, if the training rows are a stream."""
+    block: BlockStart = field(default_factory=BlockStart)
+    """Of the last update."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -200,8 +200,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRSch
 def read_position(path: Path) -> Position:
     """Where the run stood when it wrote this checkpoint."""
     stored = json.loads((path / "position.json").read_text())
-    stream = stored.pop("stream", None)
-    return Position(**stored, stream=StreamStart(**stream) if stream else None)
+    return Position(**stored | {"block": BlockStart(**stored["block"])})
 
 
 def load_model(path: Path, model: nn.Module) -> None:

@@ -125,7 +125,7 @@ def train(
     """Run the updates that ``position`` leaves to be done; evaluate, log and save as scheduled.
 
     Args:
-        blocks: The encoded training rows, from the block on that holds the next update; as many as there are updates.
+        blocks: The encoded training rows from the block of the last update, or of the next one, to that of the last.
         evaluate: Scores the validation rows; the same result on every rank.
         folder: Where the checkpoints go.
 
@@ -136,7 +136,7 @@ def train(
     with _sigterm() as stop_asked, tracker.live(schedule.total_steps, done=position.step):
         for block, epoch, micro in _updates(trainee, blocks, batching, start=position.step, stop=schedule.total_steps):
             update = run_update(trainee, micro, block.features, step=position.step, stop=stop_asked())
-            position.step, position.stream = position.step + 1, block.start
+            position.step, position.block = position.step + 1, block.start
             tracker.update(position.step, epoch, update)
             better = False
             if schedule.due(schedule.eval_every, position.step):
@@ -209,20 +209,20 @@ def _updates(
 ) -> Iterator[tuple[Block, float, list[Batch]]]:
     """This rank's micro-batches of updates ``start`` to ``stop``, each with its block and the epochs done after it."""
     rank, world_size = trainee.accelerator.process_index, trainee.accelerator.num_processes
-    step = start
-    for block in blocks:
+    step, following = start, iter(blocks)
+    while step < stop:
+        block = next(following)
+        number, first = block.start.number, block.start.first_step
         lengths = np.asarray(block.features["length"])
         shares = [
             rank_share(batch, lengths, rank=rank, world_size=world_size)
-            for batch in epoch_batches(lengths, batching, epoch=block.number)
+            for batch in epoch_batches(lengths, batching, epoch=number)
         ]
-        plan = [micro_batches(share, lengths, batching) for share in shares[: stop - block.first_step]]
-        steps = EpochSteps(block.features, trainee.task.collate, plan, draw=(trainee.seed, block.number))
-        for micro in epoch_loader(steps, start=step - block.first_step, num_workers=batching.num_workers):
+        plan = [micro_batches(share, lengths, batching) for share in shares[: stop - first]]
+        steps = EpochSteps(block.features, trainee.task.collate, plan, draw=(trainee.seed, number))
+        for micro in epoch_loader(steps, start=step - first, num_workers=batching.num_workers):
             step += 1
-            yield block, block.epochs((step - block.first_step) / len(shares)), micro
-        if step == stop:
-            return
+            yield block, block.epochs_done((step - first) / len(shares)), micro
 
 
 def _sum_over_ranks(accelerator: Accelerator, *values: Any) -> list[float]:
