@@ -182,7 +182,8 @@ def trainer_arguments(config: RunConfig, folder: str, *, defaults: bool) -> Trai
     on_gpu = torch.cuda.is_available()
     native_bf16 = supports_bf16(torch.device("cuda" if on_gpu else "cpu"))
     best = {
-        "train_sampling_strategy": train.train_sampling_strategy,
+        # What makes it fast, whatever heedful does, whose micro-batches are of like length anyway.
+        "train_sampling_strategy": "sequential" if train.train_sampling_strategy == "sequential" else "group_by_length",
         "bf16": native_bf16 if train.bf16 == "auto" else train.bf16,  # emulated, it is slower than fp32
         "dataloader_pin_memory": on_gpu,
     }
