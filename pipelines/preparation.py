@@ -171,7 +171,7 @@ def _check_later(task: Task, rows: datasets.Dataset, *, where: str) -> None:
     try:
         task.check(rows, where=where)
     except UserError as error:
-        labels = "if it is a label, raise data.buffer_size or shuffle the file: the first block says what labels there are"
+        labels = "for a label, raise data.buffer_size or shuffle the file: the first block says what labels there are"
         fix = f"{error.fix}; {labels}" if error.fix else labels
         raise UserError(error.found, where=error.where, expected=error.expected, fix=fix) from error
 
