@@ -345,9 +345,12 @@ def test_a_tagged_text_file_to_predict_is_conll(tmp_path, text, caplog):
     assert "sentence on each line" not in caplog.text
 
 
-def test_a_line_that_lost_its_tag_is_named_not_taken_for_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="1 columns") as error:
-        read(write(tmp_path / "a.txt", "the O\nParis\nis O\n"), NER, need_targets=False)
+@pytest.mark.parametrize(
+    ("text", "found"), [("the O\nParis\nis O\n", "1 columns"), ("in\nNew York\nthen\n", "2 columns")]
+)
+def test_an_odd_line_among_words_is_named_not_taken_for_a_sentence(tmp_path, text, found):
+    with pytest.raises(UserError, match=found) as error:
+        read(write(tmp_path / "a.txt", text), NER, need_targets=False)
     assert "line 2" in error.value.where
 
 
