@@ -344,7 +344,7 @@ def test_the_rate_is_that_of_the_update():
 
 
 class Course:
-    """A run in ``folder``: 5 updates an epoch, dropout on; ``scores`` are what evaluation finds."""
+    """A run in ``folder``: 6 updates an epoch, dropout on; ``scores`` are what evaluation finds."""
 
     def __init__(self, folder, scores=(), **schedule):
         self.folder, self.scores, self.history = folder, list(scores), folder / "history.jsonl"
@@ -389,8 +389,11 @@ class Course:
 
     @property
     def losses(self):
+        return self.logged("loss")
+
+    def logged(self, key):
         lines = [json.loads(line) for line in self.history.read_text().splitlines()]
-        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+        return {line["step"]: line[key] for line in lines if "loss" in line}
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 6])
@@ -405,6 +408,15 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(stop, tmp_path):
     second.run()
     assert second.losses == straight.losses
     assert torch.equal(flat(second.trainee.model), flat(straight.trainee.model))
+
+
+def test_every_epoch_has_an_order_of_its_own_and_is_counted(tmp_path):
+    course = Course(tmp_path, total_steps=12)
+    course.trainee = make_trainee(course.task, learning_rate=0.0)
+    course.run()
+    first, second = np.split(np.array(list(course.losses.values())), 2)
+    assert not np.allclose(first, second, rtol=1e-3)
+    assert course.logged("epoch") == pytest.approx({step: step / 6 for step in range(1, 13)}, abs=1e-4)
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
