@@ -36,9 +36,9 @@ from training.optimizer import build_optimizer, build_scheduler, parameter_group
 from training.sharding import is_sharded, shard
 from training.warm_start import join_encoders, joined_config
 
-PASS_OVERHEAD = {"cpu": 128.0}
-"""What one more forward and backward pass costs, in tokens; see ``Batching.overhead``."""
-ACCELERATOR_OVERHEAD = 8192.0
+CPU_PASSES = {"overhead": 128, "micro_batch_tokens": 2**11}
+"""What one more forward and backward pass costs, in tokens, and how many a pass may have; see ``Batching``."""
+ACCELERATOR_PASSES = {"overhead": 8192, "micro_batch_tokens": 2**16}
 """The same on a GPU, which a few hundred tokens leave idle."""
 
 
@@ -199,8 +199,8 @@ def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
         strategy=train.train_sampling_strategy,
         micro_batch_size=micro,
         accumulation=accumulation,
-        overhead=PASS_OVERHEAD.get(accelerator.device.type, ACCELERATOR_OVERHEAD),
         num_workers=train.dataloader_num_workers,
+        **(CPU_PASSES if accelerator.device.type == "cpu" else ACCELERATOR_PASSES),
     )
 
 

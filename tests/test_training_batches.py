@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from training.batches import (
     Batching,
@@ -87,6 +88,15 @@ def test_group_by_length_puts_like_lengths_together():
     assert padded("group_by_length") < 1.1 * lengths.sum() < padded("random")
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1000, 4), (3000, 5), (70, 16), (5, 2), (3, 8), (1, 1)])
+def test_group_by_length_orders_as_transformers_does(rows, size, monkeypatch):
+    lengths = np.random.default_rng(3).integers(1, 300, rows)
+    drawn = np.random.default_rng([7, 2]).permutation(rows)
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: torch.from_numpy(drawn))
+    theirs = get_length_grouped_indices(lengths.tolist(), size)
+    assert np.concatenate(epoch_batches(lengths, Batching(size, 7, "group_by_length"), epoch=2)).tolist() == theirs
+
+
 @given(
     lengths_of,
     st.integers(1, 5),
@@ -115,8 +125,13 @@ def test_shares_are_dealt_by_length():
     assert [lengths[share].tolist() for share in shares] == [[9, 7, 2], [8, 3, 1]]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 8), st.sampled_from([0.0, 1.0, 5.0, 40.0]))
-def test_cheapest_split_is_optimal(lengths, limit, overhead):
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    st.integers(1, 8),
+    st.sampled_from([20, 60, 1000]),
+    st.sampled_from([0.0, 1.0, 5.0, 40.0]),
+)
+def test_cheapest_split_is_optimal(lengths, limit, tokens, overhead):
     lengths = np.sort(lengths)[::-1]
     share = np.arange(len(lengths))
 
@@ -126,12 +141,15 @@ def test_cheapest_split_is_optimal(lengths, limit, overhead):
     def all_cuts():
         for mask in range(2 ** (len(share) - 1)):
             cuts = [i + 1 for i in range(len(share) - 1) if mask >> i & 1]
-            if all(end - start <= limit for start, end in pairwise([0, *cuts, len(share)])):
+            if all(fits(end - start, lengths[start]) for start, end in pairwise([0, *cuts, len(share)])):
                 yield cuts
 
-    found = _cheapest_split(share, lengths, limit=limit, overhead=overhead)
+    def fits(size, longest):
+        return size == 1 or (size <= limit and size * longest <= tokens)
+
+    found = _cheapest_split(share, lengths, most_examples=limit, most_tokens=tokens, overhead=overhead)
     assert np.concatenate(found).tolist() == share.tolist()
-    assert max(map(len, found)) <= limit
+    assert all(fits(len(part), lengths[part[0]]) for part in found)
     assert cost(np.cumsum([len(part) for part in found])[:-1].tolist()) == min(map(cost, all_cuts()))
 
 

@@ -22,8 +22,8 @@ from tasks.protocol import Batch
 
 Indices = NDArray[np.int64]
 
-GROUP_SIZE = 50
-"""``group_by_length`` sorts within shuffled groups of this many batches, as transformers' LengthGroupedSampler does."""
+LARGEST_GROUP = 50
+"""``group_by_length`` sorts within at least four groups, drawn at random, of this many batches or fewer."""
 
 
 LARGEST_MICRO_BATCH = 256
@@ -39,6 +39,7 @@ class Batching:
         seed: With the epoch, decides the order.
         strategy: ``random``, ``group_by_length`` or ``sequential``.
         micro_batch_size: Most examples in one forward pass; None leaves it to the lengths.
+        micro_batch_tokens: Most padded tokens in one forward pass, a single longer example aside; bounds memory.
         accumulation: Forward passes per rank and update; None leaves it to the lengths.
         overhead: What one more forward and backward pass costs, in tokens; weighs padding against passes.
         num_workers: Processes that collate ahead; 0 collates in this one.
@@ -48,6 +49,7 @@ class Batching:
     seed: int
     strategy: str = "random"
     micro_batch_size: int | None = None
+    micro_batch_tokens: int = 2**16
     accumulation: int | None = None
     overhead: float = 128.0
     num_workers: int = 0
@@ -99,7 +101,11 @@ def epochs(features: Any, batching: Batching, *, step: int) -> Iterator[Block]:
 
 
 def epoch_batches(lengths: Indices, batching: Batching, *, epoch: int) -> list[Indices]:
-    """The global batches of one epoch: every example exactly once."""
+    """The global batches of one epoch: every example exactly once.
+
+    ``group_by_length`` is the order of transformers' ``LengthGroupedSampler``: from long to short within each group,
+    the longest example of all first, so that what memory can not hold fails at the first update.
+    """
     rng = np.random.default_rng([batching.seed, epoch])
     size, num_examples = batching.batch_size, len(lengths)
     if batching.strategy == "sequential":
@@ -107,9 +113,11 @@ def epoch_batches(lengths: Indices, batching: Batching, *, epoch: int) -> list[I
     order = rng.permutation(num_examples)
     if batching.strategy == "random":
         return _chunks(order, size)
-    groups = [group[np.argsort(-lengths[group], kind="stable")] for group in _chunks(order, size * GROUP_SIZE)]
-    batches = [batch for group in groups for batch in _chunks(group, size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    group_size = size * max(1, min(num_examples // (4 * size), LARGEST_GROUP))
+    groups = [group[np.argsort(-lengths[group], kind="stable")] for group in _chunks(order, group_size)]
+    longest = int(np.argmax([lengths[group[0]] for group in groups]))
+    groups[0][0], groups[longest][0] = groups[longest][0], groups[0][0]
+    return [batch for group in groups for batch in _chunks(group, size)]
 
 
 def rank_share(batch: Indices, lengths: Indices, *, rank: int, world_size: int) -> Indices:
@@ -122,20 +130,32 @@ def micro_batches(share: Indices, lengths: Indices, batching: Batching) -> list[
     """Split a rank's share, sorted by length, into runs that are padded alike."""
     if batching.accumulation is not None:
         return [part for part in np.array_split(share, batching.accumulation) if len(part)]
-    limit = batching.micro_batch_size or LARGEST_MICRO_BATCH
-    return _cheapest_split(share, lengths[share], limit=limit, overhead=batching.overhead)
+    return _cheapest_split(
+        share,
+        lengths[share],
+        most_examples=batching.micro_batch_size or LARGEST_MICRO_BATCH,
+        most_tokens=batching.micro_batch_tokens,
+        overhead=batching.overhead,
+    )
 
 
 def _chunks(order: Indices, size: int) -> list[Indices]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _cheapest_split(share: Indices, lengths: Indices, *, limit: int, overhead: float) -> list[Indices]:
-    """Minimize padded tokens + overhead x passes, by dynamic programming over the sorted share."""
+def _cheapest_split(
+    share: Indices, lengths: Indices, *, most_examples: int, most_tokens: int, overhead: float
+) -> list[Indices]:
+    """Minimize padded tokens + overhead x passes, by dynamic programming over the sorted share.
+
+    Args:
+        most_examples: In one pass.
+        most_tokens: In one pass, padding included; a single example may be longer.
+    """
     cost, start = [0.0], [0]
     for end in range(1, len(share) + 1):
-        options = [(cost[s] + (end - s) * float(lengths[s]) + overhead, s) for s in range(max(0, end - limit), end)]
-        best = min(options)
+        sizes = ((s, (end - s) * int(lengths[s])) for s in range(max(0, end - most_examples), end))
+        best = min((cost[s] + size + overhead, s) for s, size in sizes if size <= most_tokens or s == end - 1)
         cost.append(best[0])
         start.append(best[1])
     parts, end = [], len(share)
