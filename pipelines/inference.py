@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from accelerate import Accelerator
@@ -15,7 +15,9 @@ from torch import nn
 from heedful import UserError
 from pipelines import config as configuration
 from pipelines.config import RunConfig
-from pipelines.preparation import build_accelerator, build_console
+from pipelines.preparation import build_accelerator, build_console, tell
+from tasks.decoding import described
+from tasks.options import DecodingOptions
 from tasks.protocol import Task
 from tasks.saved import load_task, read
 from training.models import load_model, load_tokenizer
@@ -46,27 +48,33 @@ def open_model(checkpoint: str, overrides: list[str], console: Console | None) -
     Raises:
         UserError: It is no such folder, or a file of it was changed.
     """
-    refuse_idle(overrides)
     folder = model_folder(checkpoint)
-    config = _config_of(folder, overrides)
+    stored = read(folder)
+    search = f"{stored['task']}.decoding."
+    refuse_idle(overrides, effective=(*EFFECTIVE, search) if "decoding" in _options(stored) else EFFECTIVE)
+    config = _config_of(folder, stored, overrides)
     trust = config.model.trust_remote_code
     accelerator = build_accelerator(bf16=config.train.bf16)
     console = build_console(accelerator, console)  # first, or reading the weights shows a progress bar of its own
     task = load_task(folder, load_tokenizer(str(folder), trust_remote_code=trust))
     model = load_model(task.auto_class, str(folder), trust_remote_code=trust, **task.model_kwargs()).model
+    if any(override.startswith(search) for override in overrides):
+        task = _searching(task, config.options.decoding)  # type: ignore[attr-defined] # validated: it has such a section
+        task.prepare_model(model)  # which refuses answers that are too long for it
+        tell(console, f"decoding: {described(task.options.decoding)}")  # type: ignore[attr-defined]
     return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, console, config)
 
 
-def refuse_idle(overrides: Sequence[str]) -> None:
+def refuse_idle(overrides: Sequence[str], *, effective: tuple[str, ...]) -> None:
     """Refuse settings of the training: the model is made.
 
     Raises:
         UserError: Naming those that have an effect.
     """
     for key in (override.partition("=")[0] for override in overrides):
-        if not key.startswith(EFFECTIVE):
+        if not key.startswith(effective):
             raise UserError(
-                f"{key!r} has no effect on a model that is trained", expected=f"one of: {', '.join(EFFECTIVE)}..."
+                f"{key!r} has no effect on a model that is trained", expected=f"one of: {', '.join(effective)}..."
             )
 
 
@@ -85,10 +93,22 @@ def model_folder(checkpoint: str) -> Path:
     )
 
 
-def _config_of(folder: Path, overrides: list[str]) -> RunConfig:
+def _searching(task: Task, decoding: DecodingOptions) -> Task:
+    """The task with another search for answers; the rest of it is as it was learned."""
+    options = task.options.model_copy(update={"decoding": decoding})  # type: ignore[attr-defined]
+    return replace(cast(Any, task), options=options)  # type: ignore[no-any-return]
+
+
+def _options(stored: dict[str, Any]) -> dict[str, Any]:
+    """The task's own settings, of a task that keeps them."""
+    return stored["settings"].get("options", {})  # type: ignore[no-any-return]
+
+
+def _config_of(folder: Path, stored: dict[str, Any], overrides: list[str]) -> RunConfig:
     """The configuration of the model's run; of a model without a run, the defaults."""
-    stored = folder.parent / "config.yaml"
-    raw: dict[str, Any] = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-    raw |= {"task": read(folder)["task"], "output_dir": str(folder.parent)}
+    path = folder.parent / "config.yaml"
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    raw |= {"task": stored["task"], "output_dir": str(folder.parent)}
+    raw |= {stored["task"]: _options(stored)}
     raw.setdefault("model", {"name": str(folder)})
-    return configuration.override(raw, overrides, where=str(stored if stored.is_file() else folder))
+    return configuration.override(raw, overrides, where=str(path if path.is_file() else folder))

@@ -115,8 +115,11 @@ def test_what_predict_does_not_read_is_said(project, cli_run):
 
 @pytest.mark.parametrize("verb", ["evaluate", "predict"])
 def test_settings_of_the_training_are_refused_afterwards(verb, project, cli_run):
+    Path("kept").mkdir()
+    Path("kept/heedful.json").write_text(json.dumps({"task": "classification", "settings": {}}))
     given = ["dev.csv"] * (verb == "predict")
-    refused(cli_run(verb, "runs/run", *given, "train.learning_rate=1"), "'train.learning_rate' has no effect")
+    for setting in ("train.learning_rate=1", "classification.decoding.num_beams=2"):
+        refused(cli_run(verb, "kept", *given, setting), f"'{setting.partition('=')[0]}' has no effect")
 
 
 def test_settings_that_do_not_agree_are_named_alone(project, cli_run):
@@ -216,8 +219,17 @@ def test_an_encoder_used_twice_summarizes(project, cli_run):
     assert "crossattention" in log, "what is new is said"
     loaded = AutoModelForSeq2SeqLM.from_pretrained("runs/run/model")
     assert loaded.config.decoder_start_token_id == make_masking_tokenizer().cls_token_id
+    assert (loaded.config.encoder.is_decoder, loaded.config.decoder.is_decoder) == (False, True)
     stored = json.loads(Path("runs/run/metrics.json").read_text())
     assert json.loads(cli_run("evaluate", "runs/run")[1]) == stored
+    short = ("summarization.decoding.max_new_tokens=1", "summarization.decoding.num_beams=2")
+    code, out, log = cli_run("predict", "runs/run", "dev.jsonl", *short)
+    assert "decoding: 2 beams, at most 1 new tokens" in log
+    assert all(len(json.loads(line)["generated"].split()) <= 1 for line in out.splitlines())
+    long = cli_run("evaluate", "runs/run", "summarization.decoding.max_new_tokens=999")
+    refused(long, "summarization.decoding.max_new_tokens", untouched="other")
+    other = cli_run("evaluate", "runs/run", "summarization.max_target_length=9")
+    refused(other, "has no effect on a model", untouched="other")
     twice = cli_run("finetune", "run.yaml", "model.init=encoder_decoder", "model.name=runs/run/model")
     refused(twice, "an encoder-decoder already", untouched="runs/run.1")
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, TEXTS, save_body
+from tiny_families import FAMILIES, TEXTS, save_body, tokenizer_for
 from tiny_text import make_tokenizer
 from transformers import (
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -24,6 +25,7 @@ from training.models import (
     new_model,
 )
 from training.vocabulary import train_tokenizer
+from training.warm_start import join_encoders
 
 
 def labels(*names):
@@ -330,3 +332,23 @@ def test_a_tokenizer_with_another_padding_than_the_models_is_refused(bodies):
     message = refusal(transformers.AutoModel, str(bodies["bert"]), **given)
     assert f"pad_token_id {tokenizer.pad_token_id}" in message
     assert "0, as the model was trained with" in message
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_of_an_encoder_used_twice_the_first_half_looks_both_ways(family, tmp_path):
+    """transformers marks the decoder's configuration in place. A half goes by its configuration when it is made, and
+    again by its configuration as it runs, but there only where there is padding."""
+    save_body(family, tmp_path / "body")
+    model = join_encoders(str(tmp_path / "body"), tokenizer_for(family)).model
+    model.save_pretrained(tmp_path / "joined")
+    ids_BT = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 8]])
+    mask_BT = torch.ones_like(ids_BT)
+    for padding in (0, 1):
+        mask_BT[2, 4 - padding :] = 0
+        for half in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "joined").eval()):
+            encoded_BTD = half.encoder(ids_BT, attention_mask=mask_BT).last_hidden_state
+            assert not torch.allclose(encoded_BTD[0, 0], encoded_BTD[1, 0])
+            states = {"encoder_hidden_states": encoded_BTD[:1].expand_as(encoded_BTD), "attention_mask": mask_BT}
+            logits_BTV = half.decoder(ids_BT, **states).logits
+            assert torch.allclose(logits_BTV[0, :3], logits_BTV[1, :3], atol=1e-6)
+            assert not torch.allclose(logits_BTV[0, 3], logits_BTV[1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from transformers import (
@@ -32,7 +33,8 @@ def joined_config(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -
     ids = token_ids(half, tokenizer)
     if ids["bos_token_id"] is None or ids["eos_token_id"] is None:
         raise UserError("a tokenizer without a token to begin and one to end a text with", where=name)
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(half, half)
+    # It makes a decoder's of the second in place; were they one, the encoder would look back only, without a word.
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(half, deepcopy(half))
     config.decoder_start_token_id, config.eos_token_id = ids["bos_token_id"], ids["eos_token_id"]
     config.pad_token_id, config.vocab_size = ids["pad_token_id"], half.vocab_size
     return config
