@@ -125,7 +125,7 @@ class TrainSection(Section):
     max_steps: int | None = Field(default=None, ge=1)
     """Overrides ``num_train_epochs``."""
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0)
     """Never applied to biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -340,11 +340,12 @@ def _faults_of_streaming(config: RunConfig) -> list[str]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         here = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        usual = Path("configs") / f"{path.stem}.yaml"
         raise UserError(
             "no such configuration file",
             where=str(path),
             expected=f"one of: {', '.join(here)}" if here else "",
-            fix=_nearest(path.stem, here),
+            fix=f"Did you mean {usual}?" if usual.is_file() else _nearest(path.stem, here),
         )
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)

@@ -234,19 +234,21 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
         if accelerator.is_main_process and (former := run.set_aside()) is not None:
             say(f"the former {run.folder} is now {former}")
         return Position(world_size=accelerator.num_processes, data=data)
+    # First, since other data may bring another table of words: shapes would be said to differ, which is no help.
+    if checkpoints.read_position(path).data != data:
+        raise UserError("the data changed since this checkpoint", where=str(path), fix="resume=none starts anew")
     position = checkpoints.load(
         path, model=trainee.bare_model, optimizer=trainee.optimizer.optimizer, scheduler=trainee.scheduler
     )
-    if position.data != data:
-        raise UserError("the data changed since this checkpoint", where=str(path), fix="resume=none starts anew")
     if position.world_size != accelerator.num_processes:
         say(
             f"resuming on {accelerator.num_processes} processes what {position.world_size} began: the same examples "
             "in the same updates, but other dropout masks"
         )
         position.world_size = accelerator.num_processes
-    if position.best_step is not None and not (path.parent / f"step-{position.best_step}").is_dir():
-        say(f"the best checkpoint, step-{position.best_step}, is gone: the best of the evaluations to come is kept")
+    best = path.parent / f"step-{position.best_step}"
+    if position.best_step is not None and (reason := checkpoints.fault(best)):
+        say(f"the best checkpoint, {best.name}, is lost ({reason}): the best of the evaluations to come is kept")
         position.best_step = position.best_score = None
     if accelerator.is_main_process:
         truncate_history(run.history, after=position.step)

@@ -131,6 +131,7 @@ def find_checkpoint(run: Run, config: RunConfig, *, say: Callable[[str], None]) 
             raise UserError(
                 "a checkpoint of another run", where=f"resume={path}", fix=f"output_dir={path.resolve().parent.parent}"
             )
+        checkpoints.require_whole(path)
     _refuse_other_settings(path.parent.parent / "config.yaml", config)
     return path
 

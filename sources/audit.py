@@ -25,7 +25,7 @@ from sources.texts import normalize
 
 EXAMPLES = 3
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
-TAG = re.compile("O|[BIESLU]-.+")
+TAG = re.compile("O|[BIESLUMW]-.+")
 LOST = "_lost"
 MANY_VALUES = 50
 
@@ -95,7 +95,7 @@ def audit(
         rows={split: len(rows) for split, rows in splits.items()},
         balance=balance,
         unseen=_unseen(balance),
-        empty={split: sum(not any(key) for key in part.exact) for split, part in keys.items()},
+        empty={split: sum(not all(key) for key in part.exact) for split, part in keys.items()},
         duplicates={split: _duplicates(part) for split, part in keys.items()},
         leaks={name: _leaks(a, b) for name, (a, b) in pairs.items()},
         conflicts={
@@ -236,8 +236,13 @@ def _tag_balance(cells: Sequence[Sequence[str]]) -> dict[str, Any]:
     if not all(TAG.fullmatch(tag) for tag in tags):
         return {"kind": "tags", "counts": _sorted(tags)}
     found = [cell for cell in cells if any(tag != "O" for tag in cell)]
-    counts = Counter(kind for cell in found for kind, _, _ in get_entities(list(cell)))
+    counts = Counter(kind for cell in found for kind, _, _ in get_entities([_as_bioes(tag) for tag in cell]))
     return {"kind": "entities", "counts": _sorted(counts), "without": len(cells) - len(found)}
+
+
+def _as_bioes(tag: str) -> str:
+    """The tag of BILOU or BMEWS as seqeval knows it, which takes the others for words and warns."""
+    return {"L": "E", "U": "S", "W": "S", "M": "I"}.get(tag[0], tag[0]) + tag[1:]
 
 
 def _sorted(counts: Counter[Any]) -> dict[str, int]:

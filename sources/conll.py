@@ -14,6 +14,8 @@ from heedful import UserError
 from sources.tables import Dialect, Table, log, read_text
 
 DOCUMENT_START = "-DOCSTART-"
+LONGEST_SENTENCE = 256
+"""Words; in a file of one sentence, more are taken for several whose blank lines were lost, and said aloud."""
 TAG = re.compile(r"O|[BIESLUMW]-\S.*")
 BLANKS = re.compile("[ \t]+")  # not \s: a no-break space may be a token
 
@@ -55,6 +57,8 @@ def read_conll(path: Path, dialect: Dialect) -> Table:
             expected=f"{width} columns, as on most lines: the word first, its tag last",
             fix="mend that line",
         )
+    if len(sentences) == 1 and len(sentences[0]) > LONGEST_SENTENCE:
+        log.warning("! %s: no blank line, so its %d words are one sentence", path, len(sentences[0]))
     names = _names(width)
     return Table(
         source=str(path),

@@ -114,11 +114,12 @@ class TextToText:
         """Any two texts will do.
 
         Raises:
-            UserError: An empty source.
+            UserError: An empty source, or an empty target: it would teach to say nothing.
         """
         for i, row in enumerate(rows):
-            if not row["source"].strip():
-                raise UserError("an empty source", where=f"{where}, row {i}", fix="leave the row out")
+            for side in ("source", "target"):
+                if not row.get(side, "there is none").strip():
+                    raise UserError(f"an empty {side}", where=f"{where}, row {i}", fix="leave the row out")
 
     def prepare_model(self, model: nn.Module) -> None:
         """Any encoder-decoder will do; what continues a prompt must look back only.

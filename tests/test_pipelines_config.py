@@ -106,6 +106,7 @@ def test_every_fault_is_reported_at_once(write):
         ("train.batchsize=1", "Did you mean train.batch_size?"),
         ("ner.scheme=IOB3", "ner.scheme='IOB3'"),
         ("train.learning_rate=.nan", "train.learning_rate=nan"),
+        ("train.learning_rate=.inf", "train.learning_rate=inf"),
         ("train.learning_rate=fast", "train.learning_rate='fast'"),
         ("train.eval_strategy=steps", "eval_strategy=steps does not go with eval_steps=None"),
         ("train.optim", "KEY=VALUE"),
@@ -207,3 +208,12 @@ def test_configuration_and_help_are_light(command):
     heavy, seconds = done.stdout.rpartition("HEAVY ")[2].rsplit(" ", 1)
     assert heavy == "[]"
     assert float(seconds) < 0.5
+
+
+def test_a_task_given_for_a_file_is_led_to_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/ner.yaml").write_text("task: ner\n")
+    with pytest.raises(UserError, match="no such configuration file") as error:
+        config.load("ner")
+    assert error.value.fix == "Did you mean configs/ner.yaml?"

@@ -185,6 +185,24 @@ def test_flipped_byte_in_the_newest_checkpoint_falls_back_and_says_so(config, tm
     assert facts(tmp_path / "broken") == facts(tmp_path / "whole")
 
 
+def test_resume_looks_at_the_best_checkpoint_and_at_the_data_first(config, tmp_path):
+    """Else the one is found broken when all is learned, and the other said to be another model."""
+    run(config, tmp_path / "run", point="update:13")
+    newest = newest_whole(tmp_path / "run/checkpoints", say=pytest.fail)
+    best = newest.parent / f"step-{read_position(newest).best_step}"
+    assert best != newest
+    (best / "model.safetensors").write_bytes(b"broken")
+    rows = config.parent / "train.jsonl"
+    text = rows.read_text()
+    rows.write_text(text.replace("cat", "unheard", 1))
+    changed = run(config, tmp_path / "run", overrides=["resume=auto"])
+    rows.write_text(text)
+    assert "the data changed since this checkpoint" in changed.stderr
+    resumed = run(config, tmp_path / "run", overrides=["resume=auto"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"the best checkpoint, {best.name}, is lost (model.safetensors does not match" in resumed.stderr
+
+
 def test_sigterm_saves_and_exits_143(config, tmp_path):
     command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={tmp_path / 'run'}"]
     long = ["train.max_steps=100000", "train.eval_steps=90000", "train.save_steps=90000"]

@@ -134,6 +134,14 @@ def test_entities_are_counted_whatever_the_scheme():
     assert run(NER, train=tagged(("a b", "NN VB"))).balance["train"]["kind"] == "tags"
 
 
+@pytest.mark.parametrize("tags", ["U-PER U-PER B-LOC L-LOC", "W-PER W-PER B-LOC E-LOC", "U-PER U-PER B-LOC M-LOC"])
+def test_entities_of_bilou_and_bmewes_are_counted_too(tags, recwarn):
+    """seqeval takes their tags for words, and warns."""
+    result = run(NER, train=tagged(("a b c d", tags)))
+    assert result.balance["train"] == {"kind": "entities", "counts": {"PER": 2, "LOC": 1}, "without": 0}
+    assert not [w for w in recwarn if "NE tag" in str(w.message)]
+
+
 def test_final_stop_is_no_conflict_of_tags():
     rows = tagged(("Anna runs", "B-PER O"), ("Anna runs .", "B-PER O O"))
     result = run(NER, train=rows)
@@ -161,6 +169,8 @@ def test_lengths_losses_and_empty_inputs():
     assert result.losses["train"]["words_lost_fraction"] == 0.0
     assert result.losses["train"]["questions_without_window"] == 3
     assert result.empty == {"train": 1}
+    questions = {"row": [0, 1], "id": ["a", "b"], "question": ["", "q"], "context": ["c", "d"]}
+    assert run(QA, train=Dataset.from_dict(questions)).empty == {"train": 1}, "one empty input of two is enough"
 
 
 def faulty():

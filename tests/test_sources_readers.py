@@ -261,6 +261,14 @@ def test_conll_comments_and_blanks(tmp_path, text, tokens, caplog):
     assert ("comment" in caplog.text) == ("# " in text.split("\n")[0])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("a O\n" * 257, True), ("a O\n" * 256, False), ("a O\n" * 300 + "\nb O", False)]
+)
+def test_conll_that_lost_its_blank_lines_is_said(tmp_path, text, said, caplog):
+    read(write(tmp_path / "a.conll", text), NER)
+    assert ("no blank line, so its 257 words are one sentence" in caplog.text) == said
+
+
 def test_squad_files(tmp_path):
     answer = [{"text": "cat", "answer_start": 4}]
     qas = [

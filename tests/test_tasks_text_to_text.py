@@ -203,6 +203,8 @@ def test_faults_of_the_user_are_named(tokenizer):
         build(tokenizer, config, TranslationOptions(source_lang="en_XX", target_lang="es_XX"))
     with pytest.raises(UserError, match="row 1"):
         build(tokenizer, config).check(table(source=["a", " "]), where="data.train")
+    with pytest.raises(UserError, match="an empty target"):
+        build(tokenizer, config).check(table(source=["a", "b"], target=["c", ""]), where="data.train")
     with pytest.raises(UserError, match="decoder_start_token_id"):
         build(tokenizer, make_config("bart", decoder_start_token_id=None))
     decoder = make_model("llama", transformers.AutoModelForCausalLM).config

@@ -102,6 +102,16 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def require_whole(path: Path) -> None:
+    """Refuse a broken checkpoint.
+
+    Raises:
+        UserError: It does not match its manifest.
+    """
+    if reason := fault(path):
+        raise UserError(f"broken checkpoint: {reason}", where=str(path), fix="resume=auto takes the newest whole one")
+
+
 def steps(folder: Path) -> list[Path]:
     """The checkpoints below ``folder``, oldest first."""
     numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
@@ -209,8 +219,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: It does not match its manifest, or has other names or shapes than the model.
     """
-    if reason := fault(path):
-        raise UserError(f"broken checkpoint: {reason}", where=str(path), fix="resume=auto takes the newest whole one")
+    require_whole(path)
     stored, own = {n: e.size for n, e in _stored(path).items() if "|" not in n}, model_tensors(model)
     if stored != {n: t.shape for n, t in own.items()}:
         names = sorted(stored.keys() ^ own.keys())[:3] or ["same names, other shapes"]
