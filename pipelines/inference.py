@@ -109,6 +109,6 @@ def _config_of(folder: Path, stored: dict[str, Any], overrides: list[str]) -> Ru
     path = folder.parent / "config.yaml"
     raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     raw |= {"task": stored["task"], "output_dir": str(folder.parent)}
-    raw |= {stored["task"]: _options(stored)}
+    raw[stored["task"]] = (raw.get(stored["task"]) or {}) | _options(stored)
     raw.setdefault("model", {"name": str(folder)})
     return configuration.override(raw, overrides, where=str(path if path.is_file() else folder))
