@@ -296,8 +296,9 @@ def finish(
 ) -> None:
     """Leave the model, proved to answer as the trained one does, and the metrics."""
     by_length = np.argsort(np.asarray(features["length"]), kind="stable")  # two, with padding: logits can be large
-    probe = task.collate(examples(features, np.unique(by_length[[0, len(by_length) // 2]])))
-    differences = export(model, task, run.folder, probe=probe, base=building.base_of(config, task))
+    rows = np.unique(by_length[[0, len(by_length) // 2]])
+    probes = [task.collate(examples(features, part)) for part in (rows, rows[:1])]
+    differences = export(model, task, run.folder, probes=probes, base=building.base_of(config, task))
     write_json(run.metrics, metrics)
     for name, difference in differences.items():
         tell(console, f"reloaded {name}/: logits within {difference:.1e} of the trained model's")

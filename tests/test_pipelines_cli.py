@@ -210,6 +210,15 @@ def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
         require_fast(before)
 
 
+def test_a_model_that_differs_once_reloaded_is_refused(project, cli_run, monkeypatch):
+    """One configuration for both halves has the reloaded encoder look back only; with padding it did so before."""
+    make_rows("summarization", 12).remove_columns("row").to_json("train.jsonl")
+    write_config(task="summarization", train="train.jsonl", validation="train.jsonl")
+    monkeypatch.setattr("training.warm_start.deepcopy", lambda config: config)
+    result = cli_run("finetune", "run.yaml", "model.init=encoder_decoder")
+    refused(result, "the reloaded model answers differently", untouched="runs/run/model")
+
+
 def test_an_encoder_used_twice_summarizes(project, cli_run):
     for name, seed in {"train": 0, "dev": 1}.items():
         make_rows("summarization", 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
@@ -433,7 +442,7 @@ def test_resuming_without_the_best_checkpoint_says_so(project, cli_run):
     shutil.rmtree("runs/run/checkpoints/step-1")
     code, _, log = cli_run("finetune", "run.yaml", *every, "resume=auto")
     assert code == 0, log
-    assert "the best checkpoint, step-1, is gone" in log
+    assert "the best checkpoint, step-1, is lost" in log
 
 
 def test_a_fault_that_another_rank_alone_meets_is_said(project):

@@ -83,7 +83,7 @@ def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, ta
 
     probe = task.collate(examples(features, np.arange(8)))
     trained = _answers(copy.deepcopy(model), probe)
-    differences = export(model, task, tmp_path, probe=probe, base=base)
+    differences = export(model, task, tmp_path, probes=[probe], base=base)
     assert set(differences) == {"adapter", "model"}
     assert max(differences.values()) < 1e-5
     # Loaded here by hand too, lest export compared a model with itself.
@@ -104,7 +104,7 @@ def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
     train(model, task, features, steps=6)
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(UserError, match="answers differently"):
-        export(model, task, tmp_path, probe=task.collate(examples(features, np.arange(8))), base=base)
+        export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
     assert not (tmp_path / "model").exists()
 
 
@@ -121,7 +121,7 @@ def test_a_pretrained_head_is_adapted_not_replaced(bodies, tmp_path):
     before = snapshot(model)
     train(model, task, features)
     assert all("lora_" in name for name in changed(before, model))
-    export(model, task, tmp_path, probe=task.collate(examples(features, np.arange(8))), base=base)
+    export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
 
 
 def strange_head(name):
@@ -183,7 +183,7 @@ def test_a_renewed_head_is_trained(bodies, tmp_path):
     before = snapshot(model)
     train(model, task, features)
     assert trained_in_full(changed(before, model)) >= set(loaded.new)
-    differences = export(model, task, tmp_path, probe=task.collate(examples(features, np.arange(8))), base=base)
+    differences = export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
     assert max(differences.values()) < 1e-5
 
 
@@ -232,7 +232,7 @@ def test_new_tokens_of_a_tied_model_are_trained_on_both_sides(tmp_path):
     assert not torch.equal(head, before)
     torch.testing.assert_close(words, head)
     differences = export(
-        wrapped, task, tmp_path / "run", probe=task.collate(examples(features, np.arange(4))), base=base
+        wrapped, task, tmp_path / "run", probes=[task.collate(examples(features, np.arange(4)))], base=base
     )
     assert max(differences.values()) < 1e-5
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ MERGE_TOLERANCE = 1e-3
 """Largest relative change of the logits that merging may cause in fp32 (rounding of W + BA; about 1e-6 is usual)."""
 
 
-def export(model: nn.Module, task: Task, folder: Path, *, probe: Batch, base: dict[str, Any]) -> dict[str, float]:
+def export(
+    model: nn.Module, task: Task, folder: Path, *, probes: Sequence[Batch], base: dict[str, Any]
+) -> dict[str, float]:
     """Write ``folder/model`` (and ``folder/adapter`` with LoRA), reload both, and compare their answers.
 
     Args:
         model: The trained model without wrappers; a PeftModel is merged in place.
-        probe: A batch to compare answers on.
+        probes: Batches to compare answers on, best with padding and without: masks are made in other ways then.
         base: Arguments of ``load_model`` that gave the model its start, to load the adapter on.
 
     Returns:
@@ -35,21 +38,21 @@ def export(model: nn.Module, task: Task, folder: Path, *, probe: Batch, base: di
     Raises:
         UserError: A reloaded model answers differently.
     """
-    trained = _answers(model, probe)
+    trained = _answers(model, *probes)
     differences: dict[str, float] = {}
     if isinstance(model, PeftModel):
         adapter: PeftModel = model
         write_whole(folder / "adapter", lambda aside: adapter.save_pretrained(aside))
         fresh = load_model(task.auto_class, **base, **task.model_kwargs()).model
         again = PeftModel.from_pretrained(fresh, folder / "adapter").to(model.device)
-        differences["adapter"] = _difference(trained, _answers(again, probe))
+        differences["adapter"] = _difference(trained, _answers(again, *probes))
         model = adapter.merge_and_unload()
     write_whole(folder / "model", lambda aside: _write_model(model, task, aside))
     trust = bool(base.get("trust_remote_code"))
     reloaded = load_model(task.auto_class, str(folder / "model"), trust_remote_code=trust).model.to(
         next(model.parameters()).device
     )
-    differences["model"] = _difference(trained, _answers(reloaded, probe))
+    differences["model"] = _difference(trained, _answers(reloaded, *probes))
     if wrong := {name: d for name, d in differences.items() if d > MERGE_TOLERANCE}:
         shutil.rmtree(folder / "model")
         raise UserError(
@@ -65,12 +68,13 @@ def _write_model(model: Any, task: Task, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def _answers(model: nn.Module, batch: Batch) -> list[Tensor]:
+def _answers(model: nn.Module, *batches: Batch) -> list[Tensor]:
     """Every floating output of the model in eval mode: logits, or start and end logits."""
     model.eval()
     device = next(model.parameters()).device
-    outputs = model(**{name: tensor.to(device) for name, tensor in model_inputs(batch).items()})
-    return [value.float() for value in outputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    outputs = [model(**{name: tensor.to(device) for name, tensor in model_inputs(b).items()}) for b in batches]
+    values = [value for output in outputs for value in output.values()]
+    return [value.float() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _difference(one: list[Tensor], other: list[Tensor]) -> float:
