@@ -295,7 +295,8 @@ def finish(
     console: Console,
 ) -> None:
     """Leave the model, proved to answer as the trained one does, and the metrics."""
-    by_length = np.argsort(np.asarray(features["length"]), kind="stable")  # two, with padding: logits can be large
+    # Two with padding, and one without: masks are made in other ways then. No more, since logits can be large.
+    by_length = np.argsort(np.asarray(features["length"]), kind="stable")
     rows = np.unique(by_length[[0, len(by_length) // 2]])
     probes = [task.collate(examples(features, part)) for part in (rows, rows[:1])]
     differences = export(model, task, run.folder, probes=probes, base=building.base_of(config, task))

@@ -17,7 +17,6 @@ from pipelines import config as configuration
 from pipelines.config import RunConfig
 from pipelines.preparation import build_accelerator, build_console, tell
 from tasks.decoding import described
-from tasks.options import DecodingOptions
 from tasks.protocol import Task
 from tasks.saved import load_task, read
 from training.models import load_model, load_tokenizer
@@ -59,9 +58,10 @@ def open_model(checkpoint: str, overrides: list[str], console: Console | None) -
     task = load_task(folder, load_tokenizer(str(folder), trust_remote_code=trust))
     model = load_model(task.auto_class, str(folder), trust_remote_code=trust, **task.model_kwargs()).model
     if any(override.startswith(search) for override in overrides):
-        task = _searching(task, config.options.decoding)  # type: ignore[attr-defined] # validated: it has such a section
+        options: Any = config.options  # the model's own but for the search: all other changes were refused
+        task = replace(cast(Any, task), options=options)
         task.prepare_model(model)  # which refuses answers that are too long for it
-        tell(console, f"decoding: {described(task.options.decoding)}")  # type: ignore[attr-defined]
+        tell(console, f"decoding: {described(options.decoding)}")
     return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, console, config)
 
 
@@ -91,12 +91,6 @@ def model_folder(checkpoint: str) -> Path:
         expected="a model folder, such as runs/ner/model",
         fix="finish it with resume=auto" if unfinished else "`make finetune TASK=...` writes one",
     )
-
-
-def _searching(task: Task, decoding: DecodingOptions) -> Task:
-    """The task with another search for answers; the rest of it is as it was learned."""
-    options = task.options.model_copy(update={"decoding": decoding})  # type: ignore[attr-defined]
-    return replace(cast(Any, task), options=options)  # type: ignore[no-any-return]
 
 
 def _options(stored: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class TextToText:
         """
         for i, row in enumerate(rows):
             for side in ("source", "target"):
-                if not row.get(side, "there is none").strip():
+                if side in row and not row[side].strip():
                     raise UserError(f"an empty {side}", where=f"{where}, row {i}", fix="leave the row out")
 
     def prepare_model(self, model: nn.Module) -> None:

@@ -25,7 +25,6 @@ Indices = NDArray[np.int64]
 LARGEST_GROUP = 50
 """``group_by_length`` sorts within at least four groups, drawn at random, of this many batches or fewer."""
 
-
 LARGEST_MICRO_BATCH = 256
 """Where the user sets no limit: bounds memory, and the time to plan an epoch."""
 

@@ -29,7 +29,7 @@ def export(
 
     Args:
         model: The trained model without wrappers; a PeftModel is merged in place.
-        probes: Batches to compare answers on, best with padding and without: masks are made in other ways then.
+        probes: Batches to compare answers on, best with padding and without.
         base: Arguments of ``load_model`` that gave the model its start, to load the adapter on.
 
     Returns:
