@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from attention.seam import describe
 from heedful import UserError
 from pipelines.config import ModelSection, RunConfig
 from sources.audit import Limits
@@ -31,6 +32,7 @@ from training.models import (
     load_tokenizer,
     new_config,
     new_model,
+    swap_attention,
 )
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from training.sharding import is_sharded, shard
@@ -95,8 +97,11 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
     set_seed(config.seed)
     if config.model.init == "scratch":
         loaded = new_model(task.auto_class, config.model.architecture, task.tokenizer, **task.model_kwargs())
+        loaded = swap_attention(loaded, config.attention)
     elif config.model.init == "encoder_decoder":
-        loaded = join_encoders(str(config.model.name), task.tokenizer, **_where(config))
+        loaded = swap_attention(
+            join_encoders(str(config.model.name), task.tokenizer, **_where(config)), config.attention
+        )
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
     check_length(loaded.model, {"model.max_length": config.model.max_length})
@@ -124,6 +129,7 @@ def base_of(config: RunConfig, task: Task) -> dict[str, Any]:
         **_where(config),
         "new_head": model.init == "new_head",
         "tokenizer": task.tokenizer if model.tokenizer else None,
+        "attention": config.attention,
     }
 
 
@@ -162,7 +168,7 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
         lines.append(f"new, not in the checkpoint: {', '.join(loaded.new)}")
     if loaded.unused:
         lines.append(f"in the checkpoint, not used: {', '.join(loaded.unused)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *describe(loaded.model)])
 
 
 def _listed_ids(ids: dict[str, Any]) -> str:

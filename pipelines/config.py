@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from attention.options import Plan
 from heedful import UserError
 from tasks import TASKS
 from tasks.options import Options
@@ -230,7 +231,8 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     lora: LoraSection = LoraSection()
-    attention: Literal["full"] = "full"
+    attention: Plan | None = None
+    """Which variant goes where; null leaves it as the checkpoint has it: full, but where it was saved with a plan."""
     distributed: Literal["ddp", "fsdp2"] = "ddp"
     """How several processes share the work: each with the whole model, or each with a part of it; see
     ``training.sharding``."""
@@ -363,6 +365,8 @@ def _apply(raw: dict[str, Any], assignment: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         child = raw.get(parent)
+        if isinstance(child, str) and parent == "attention":  # the short form: its settings go beside its name
+            child = {"variant": child}
         raw[parent] = dict(child) if isinstance(child, dict) else {}
         raw = raw[parent]
     if _is_sign(text):

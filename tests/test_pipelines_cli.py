@@ -75,6 +75,43 @@ def test_finetune_leaves_what_the_contract_names(project, cli_run):
     assert classifier("the cat sat")[0]["label"] in {"a", "b"}
 
 
+@pytest.mark.parametrize("lora", [(), ("lora.r=2",)], ids=["whole", "lora"])
+def test_a_run_with_another_attention(project, cli_run, lora):
+    window = ("attention=sliding_window", "attention.reach=2")
+    code, _, log = cli_run("finetune", "run.yaml", *window, *lora)
+    assert code == 0, log
+    assert "attention: encoder.self[0-1] sliding_window reach=2 global_tokens=[]" in log
+    run = project / "runs/run"
+    assert yaml.safe_load((run / "config.yaml").read_text())["attention"]["reach"] == 2
+    saved = json.loads((run / "model/config.json").read_text())
+    assert saved["attention_plan"]["variant"] == "sliding_window"
+    code, _, log = cli_run("predict", "runs/run", "the cat sat")
+    assert code == 0, log
+    code, _, log = cli_run("finetune", "run.yaml", "model.name=runs/run/model", "output_dir=runs/on")
+    assert code == 0, log
+    assert "sliding_window reach=2" in log, "a saved plan is kept"
+    code, _, log = cli_run(
+        "finetune", "run.yaml", "model.name=runs/run/model", "attention=full", "output_dir=runs/back"
+    )
+    assert code == 0, log
+    assert "sliding_window" not in log.split("heedful")[-1]
+    assert "attention_plan" not in json.loads(Path("runs/back/model/config.json").read_text())
+    code, _, log = cli_run("evaluate", "runs/run", "attention=full")
+    assert code == 2
+    assert "no effect on a model that is trained" in log
+
+
+def test_an_attention_that_the_model_can_not_take_is_refused_before_anything_is_written(project, cli_run):
+    code, _, log = cli_run("finetune", "run.yaml", "attention={cross: blockwise}")
+    assert code == 2
+    assert "no such place in this model: cross" in log
+    assert "encoder.self[0-1]" in log
+    assert not (project / "runs").exists()
+    code, _, log = cli_run("finetune", "run.yaml", "attention=telepathy", "attention.reach=0")
+    assert code == 2
+    assert "telepathy" in log
+
+
 def test_the_model_is_scored_before_training_too(project, cli_run):
     """A learning rate that moves nothing leaves the score where it was."""
     code, _, log = cli_run("finetune", "run.yaml", "train.eval_on_start=true", "train.learning_rate=1e-30")

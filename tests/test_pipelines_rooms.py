@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("heedful", "sources", "tasks", "training", "pipelines")
+ROOMS = ("heedful", "sources", "tasks", "attention", "training", "pipelines")
 """From the ground floor up; a room may import those below it."""
 
 

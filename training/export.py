@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from attention.seam import mark
 from heedful import UserError
 from tasks.batching import model_inputs
 from tasks.protocol import Batch, Task
@@ -63,6 +64,7 @@ def export(
 
 def _write_model(model: Any, task: Task, folder: Path) -> None:
     model.save_pretrained(folder)
+    mark(folder)
     task.tokenizer.save_pretrained(folder)
     save_task(task, folder)
 

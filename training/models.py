@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -20,8 +23,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
+from attention.options import Plan
+from attention.seam import install, stored_plan, variant_parameters
 from heedful import UserError
 from training.checkpoints import MANIFEST, fault
 
@@ -98,6 +103,7 @@ def load_model(
     *,
     new_head: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    attention: Plan | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -107,6 +113,7 @@ def load_model(
     Args:
         new_head: Start the rows of the head's labels anew, whatever head the checkpoint has, instead of refusing one.
         tokenizer: Another one than the model's own: the embeddings grow to its size and count as new.
+        attention: Another plan than the checkpoint's own, which most have none of.
         kwargs: The task's: ``num_labels``, ``id2label``, ...
 
     Raises:
@@ -141,7 +148,55 @@ def load_model(
     renewed = _renew_labels(model) if new_head else []
     renewed += _fit_embeddings(model, tokenizer) if tokenizer is not None else []
     new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
-    return Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
+    loaded = Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
+    stored = stored_plan(model)
+    if attention is not None or stored is None:
+        return swap_attention(loaded, attention)
+    loaded = swap_attention(loaded, stored)
+    return _restore_variants(loaded, partial(_read_tensors, name, revision=revision))
+
+
+def swap_attention(loaded: Loaded, plan: Plan | None) -> Loaded:
+    """Put the plan's variants into the model, in place; what they learn starts anew.
+
+    Raises:
+        UserError: As ``attention.seam.install``.
+    """
+    if plan is None:
+        return loaded
+    install(loaded.model, plan)
+    return replace(loaded, new=tuple(sorted({*loaded.new, *variant_parameters(loaded.model)})))
+
+
+def _restore_variants(loaded: Loaded, read: Callable[[Sequence[str]], dict[str, Tensor]]) -> Loaded:
+    """Give the variants what they had learned when the model was saved, whatever head it was saved with."""
+    prefix = f"{loaded.model.base_model_prefix}."
+    names = {name.removeprefix(prefix): name for name in variant_parameters(loaded.model)}
+    keys = [key for key in loaded.unused if key.removeprefix(prefix) in names]
+    with torch.no_grad():
+        for key, tensor in read(keys).items():
+            loaded.model.get_parameter(names[key.removeprefix(prefix)]).copy_(tensor)
+    restored = {names[key.removeprefix(prefix)] for key in keys}
+    return replace(
+        loaded,
+        new=tuple(name for name in loaded.new if name not in restored),
+        unused=tuple(key for key in loaded.unused if key not in keys),
+    )
+
+
+def _read_tensors(name: str, keys: Sequence[str], *, revision: str | None) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint in safetensors, in one file or in many."""
+    if not keys:
+        return {}
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    file_of = dict.fromkeys(keys, SAFE_WEIGHTS_NAME)
+    if index is not None:
+        file_of = {key: json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][key] for key in keys}
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(file_of.values())):
+        with safe_open(cached_file(name, file, revision=revision), framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in keys if file_of[key] == file}
+    return tensors
 
 
 def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

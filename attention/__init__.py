@@ -1,0 +1,50 @@
+"""WITH WHICH attention: the variants, the engine under most of them, and the one file that plugs them in.
+
+This file imports no torch, so that the configuration can be checked in no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from attention.options import ROLES, Role
+
+if TYPE_CHECKING:
+    from attention.variant import Variant
+
+AROUND: tuple[Role, ...] = ("encoder.self", "decoder.self")
+"""For variants that look around a token: in cross-attention no key stands beside it."""
+
+
+@dataclass(frozen=True)
+class VariantEntry:
+    """One line of the table. What a variant can do is data, looked at before it goes in.
+
+    Args:
+        path: The function that makes it, ``(options, site) -> Variant``.
+        roles: Sites that it is for.
+        exact: Whether it gives what full attention gives.
+    """
+
+    path: str
+    roles: tuple[Role, ...] = ROLES
+    exact: bool = False
+
+    def load(self) -> Callable[..., Variant]:
+        """Import what makes the variant (and with it torch)."""
+        module, function = self.path.split(":")
+        return getattr(import_module(module), function)  # type: ignore[no-any-return]
+
+
+VARIANTS: dict[str, VariantEntry] = {
+    "full": VariantEntry("attention.variants.full:make", exact=True),
+    "blockwise": VariantEntry("attention.variants.blockwise:make", exact=True),
+    "sliding_window": VariantEntry("attention.variants.sliding_window:make", AROUND),
+    "local_global": VariantEntry("attention.variants.local_global:make", AROUND),
+    "block_sparse": VariantEntry("attention.variants.block_sparse:make", AROUND),
+    "strided": VariantEntry("attention.variants.strided:make", AROUND),
+}
+"""Settings of each are in ``attention.options``."""

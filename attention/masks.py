@@ -1,0 +1,122 @@
+"""What a model's own mask allows, asked for one tile at a time: transformers' rule, without its table of N x M.
+
+Shapes: B rows, N queries, M keys; n and m those of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+
+class LazyMask(BlockMask):
+    """The arguments with which transformers asks for a mask, kept.
+
+    A BlockMask by name alone: ``generate`` with a static cache makes its masks early and hands them in again, and takes
+    only a tensor of four dimensions or a BlockMask for a mask that is made already.
+
+    Args:
+        batch_size: B.
+        q_length: N.
+        kv_length: M.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        mask_function: ``(row, head, query position, key position) -> bool``, of tensors that broadcast.
+        attention_mask: False on padding, by row and key position.
+        others: Further arguments of ``sdpa_mask``.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Any = bidirectional_mask_function,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        self._size = (batch_size, 1, q_length, kv_length)
+        self._rule, self._others = mask_function, others
+        self.q_offset, self.kv_offset = int(q_offset), int(kv_offset)
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        self.padding_BM = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].bool()
+        if self.padding_BM is not None and bool(self.padding_BM.all()):
+            self.padding_BM = None
+        self._never_padding_M = None if self.padding_BM is None else self.padding_BM.all(dim=0)
+        self._attention_mask = attention_mask
+        self._dense: Tensor | None = None
+        self._is_made = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, 1, N, M."""
+        return self._size
+
+    @property
+    def causal(self) -> bool:
+        """Whether no query sees a later key, as far as that is known without asking for each pair."""
+        return self._rule is causal_mask_function
+
+    def __repr__(self) -> str:
+        return f"LazyMask(shape={self._size}, q_offset={self.q_offset}, kv_offset={self.kv_offset})"
+
+    def contiguous(self) -> LazyMask:
+        """Itself; ``generate`` asks it of every mask."""
+        return self
+
+    def dense(self) -> Tensor | None:
+        """The whole table as transformers' own SDPA takes it, bool [B, 1, N, M]; None where SDPA needs none."""
+        if not self._is_made:
+            rows, _, queries, keys = self._size
+            self._dense = sdpa_mask(
+                rows,
+                queries,
+                keys,
+                self.q_offset,
+                self.kv_offset,
+                mask_function=self._rule,
+                attention_mask=self._attention_mask,
+                **self._others,
+            )
+            self._is_made = True
+        return self._dense
+
+    def table(self) -> Tensor | None:
+        """Which pairs are allowed, bool that broadcasts to [B, 1, N, M]; None for all."""
+        _, _, queries, keys = self._size
+        return self.tile(torch.arange(queries), torch.arange(keys), below_diagonal=False)
+
+    def tile(self, queries_n: Tensor, keys_m: Tensor, *, below_diagonal: bool) -> Tensor | None:
+        """Which pairs of these indices are allowed.
+
+        Args:
+            below_diagonal: Whether no key of the tile stands after any query of it.
+
+        Returns:
+            Bool that broadcasts to [B, 1, n, m]; None for all.
+        """
+        allowed = None
+        q_n1, k_1m = queries_n[:, None] + self.q_offset, keys_m[None, :] + self.kv_offset
+        if self.causal and not below_diagonal:
+            allowed = (k_1m <= q_n1)[None, None]
+        elif not self.causal and self._rule is not bidirectional_mask_function:
+            rows_B11 = torch.arange(self._size[0], device=keys_m.device)[:, None, None]
+            answer = self._rule(rows_B11, torch.zeros_like(rows_B11), q_n1, k_1m)
+            allowed = answer.expand(answer.shape[0] if answer.ndim == 3 else 1, len(queries_n), len(keys_m))[:, None]
+        if self._never_padding_M is not None and not bool(self._never_padding_M[keys_m].all()):
+            assert self.padding_BM is not None
+            real_B11m = self.padding_BM[:, None, None, keys_m]
+            allowed = real_B11m if allowed is None else allowed & real_B11m
+        return allowed

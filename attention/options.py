@@ -1,0 +1,147 @@
+"""Settings of the attention variants, and the plan that says which goes where. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, model_serializer, model_validator
+
+Role = Literal["encoder.self", "decoder.self", "cross"]
+ROLES: tuple[Role, ...] = ("encoder.self", "decoder.self", "cross")
+EVERYWHERE = "*"
+"""The place of a plan's short form: every site that the variant is for."""
+_PLACE = re.compile(r"(encoder\.self|decoder\.self|cross)(\[\d+(-\d+)?(,\d+(-\d+)?)*\])?")
+
+
+class VariantOptions(BaseModel):
+    """Frozen; an unknown key is a fault."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FullOptions(VariantOptions):
+    """Every token sees every other, by torch's own kernel."""
+
+    variant: Literal["full"] = "full"
+
+
+class BlockwiseOptions(VariantOptions):
+    """Exactly as full, one tile at a time."""
+
+    variant: Literal["blockwise"]
+
+
+class SlidingWindowOptions(VariantOptions):
+    """A token sees its neighbours."""
+
+    variant: Literal["sliding_window"]
+    reach: int = Field(default=128, ge=1)
+    """How far to each side."""
+    global_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Positions that see all and are seen by all, such as 0 for [CLS]."""
+
+
+class LocalGlobalOptions(VariantOptions):
+    """Layers with a window, and every few layers one without."""
+
+    variant: Literal["local_global"]
+    reach: int = Field(default=128, ge=1)
+    global_every: int = Field(default=2, ge=2)
+    """The last of every so many layers is full."""
+
+
+class BlockSparseOptions(VariantOptions):
+    """Blocks of tokens see neighbouring blocks, the first blocks, and a few drawn at random."""
+
+    variant: Literal["block_sparse"]
+    block_size: int = Field(default=64, ge=1)
+    window_blocks: int = Field(default=3, ge=1)
+    """Blocks in the window, the own one included; an odd number."""
+    global_blocks: int = Field(default=2, ge=0)
+    random_blocks: int = Field(default=3, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _window_has_a_middle(self) -> BlockSparseOptions:
+        if self.window_blocks % 2 == 0:
+            raise ValueError(f"window_blocks={self.window_blocks}: an odd number, as many blocks to each side")
+        return self
+
+
+class StridedOptions(VariantOptions):
+    """A token sees its neighbours, and from there every token at a multiple of the stride."""
+
+    variant: Literal["strided"]
+    stride: int = Field(default=64, ge=2)
+
+
+AnyOptions = (
+    FullOptions | BlockwiseOptions | SlidingWindowOptions | LocalGlobalOptions | BlockSparseOptions | StridedOptions
+)
+
+
+class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="variant")]]]):
+    """Which variant goes where: the first place that fits a site decides, and ``full`` is everywhere else.
+
+    A place is ``encoder.self``, ``decoder.self`` or ``cross``, with layers where it is for some of them:
+    ``encoder.self[0,2-5]``. The short form, one variant alone, is for every site that the variant can serve.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {EVERYWHERE: {"variant": value}}
+        if isinstance(value, dict) and "variant" in value:
+            return {EVERYWHERE: value}
+        if isinstance(value, dict):
+            return {place: {"variant": v} if isinstance(v, str) else v for place, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _places_are_known(self) -> Plan:
+        for place in self.root:
+            if place != EVERYWHERE and not _PLACE.fullmatch(place):
+                raise ValueError(f"{place!r} is no place: {', '.join(ROLES)}, or some layers, as cross[0,2-5]")
+        return self
+
+    @model_serializer(mode="plain")
+    def _shortest(self) -> Any:
+        plain = {place: options.model_dump(mode="json") for place, options in self.root.items()}
+        return plain[EVERYWHERE] if list(plain) == [EVERYWHERE] else plain
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return all(options.variant == "full" for options in self.root.values())
+
+    @property
+    def is_short(self) -> bool:
+        """Whether one variant is to go wherever it can."""
+        return EVERYWHERE in self.root
+
+    def at(self, role: Role, layer: int) -> AnyOptions:
+        """What goes to one site."""
+        for place, options in self.root.items():
+            if place == EVERYWHERE or _is_at(place, role, layer):
+                return options
+        return FullOptions()
+
+    def idle(self, sites: list[tuple[Role, int]]) -> list[str]:
+        """Places that no site of a model fits."""
+        return [p for p in self.root if p != EVERYWHERE and not any(_is_at(p, *site) for site in sites)]
+
+
+def _is_at(place: str, role: str, layer: int) -> bool:
+    own, _, layers = place.partition("[")
+    return own == role and (not layers or layer in _numbers(layers.rstrip("]")))
+
+
+def _numbers(layers: str) -> Iterator[int]:
+    for part in layers.split(","):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)

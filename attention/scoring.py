@@ -1,0 +1,27 @@
+"""How one call makes weights of queries and keys, whatever the variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What transformers says in a call, beside the tensors and the mask.
+
+    Shapes: B rows, H query heads, N queries, M keys.
+
+    Args:
+        scaling: Factor of the products.
+        dropout: Share of the weights that is dropped; 0 in eval mode.
+        bias: Added to the scores. Of two dimensions, [H, N + M - 1]: by the key's index less the query's, from
+            -(N - 1). Of four: [B or 1, H, N, M].
+        softcap: The scores s become softcap * tanh(s / softcap), as in Gemma 2 (arXiv 2408.00118, section 2).
+    """
+
+    scaling: float
+    dropout: float = 0.0
+    bias: Tensor | None = None
+    softcap: float | None = None

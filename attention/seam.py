@@ -1,0 +1,307 @@
+"""Where the variants go into transformers: one name in its two registries.
+
+The attention function registered here only hands on to the variant, a child of the attention module; the mask function
+hands on what a mask would be made of. What transformers would let pass without a word is refused here: a class that
+never calls the registry, a call with a setting that no variant honours, a variant that is in place but not called.
+
+Shapes: B rows, H query heads, K key/value heads, N queries, M keys, D head size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from attention import VARIANTS
+from attention.bias import keep_as_table, keep_as_vector
+from attention.masks import LazyMask
+from attention.options import AnyOptions, FullOptions, Plan, Role
+from attention.scoring import Scoring
+from attention.variant import Site, Variant
+from heedful import UserError
+
+NAME = "heedful"
+"""In both registries, and in the config.json of a model that holds variants."""
+PLAN = "attention_plan"
+"""Where a model's configuration keeps the plan."""
+CHILD = "attention_variant"
+"""Name of the variant in its attention module."""
+CROSS = ("cross", "encdec", "encoder_attn")
+"""One of them is in the name of every module that looks at another text: a call does not tell."""
+REFUSED = {
+    "s_aux": "attention sinks, which no variant has",
+    "cache": "a paged cache, which no variant reads",
+    "head_mask": "no variant takes heads out",
+    "output_attentions": "no variant makes a table of weights",
+}
+"""Settings of a call that mean something, and that no variant honours."""
+ALTERNATIVES = "BERT, RoBERTa, ELECTRA, DistilBERT, ModernBERT, GPT-2, Llama, Mistral, Qwen, T5, BART and their kin"
+
+_calls: list[nn.Module] | None = None
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LazyMask | Tensor | None, **asked: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls in every attention module: hands on to the module's variant.
+
+    Args:
+        asked: ``scaling``, ``dropout``, ``position_bias``, ``softcap``, and what means nothing here.
+
+    Returns:
+        [B, N, H, D], and no weights: a variant has no table of them to give.
+
+    Raises:
+        ValueError: The call asks for what no variant does.
+    """
+    if _calls is not None:
+        _calls.append(module)
+    if refused := [name for name, why in REFUSED.items() if asked.get(name) not in (None, False)]:
+        raise ValueError(f"{refused[0]}: {REFUSED[refused[0]]}")
+    scoring = Scoring(
+        asked.get("scaling") or query.shape[-1] ** -0.5,
+        asked.get("dropout", 0.0),
+        asked.get("position_bias"),
+        asked.get("softcap"),
+    )
+    mask = _lazy(attention_mask, module, query, key)
+    return _variant_of(module)(query, key, value, mask, scoring).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, LazyMask)
+
+
+def find_sites(model: PreTrainedModel) -> list[Site]:
+    """Every place for a variant, in the order in which they run, found by running the model once.
+
+    Raises:
+        UserError: The model's class computes attention in its own way.
+    """
+    _refuse_own_ways(model)
+    paths = {module: path for path, module in model.named_modules()}
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    _go_through(model, NAME)
+    try:
+        with recorded() as calls:
+            _run_once(model)
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+    counts: dict[Role, int] = {}
+    sites = []
+    for module in dict.fromkeys(calls):
+        role = _role(paths[module], module)
+        sites.append(Site(paths[module], role, counts.setdefault(role, 0), module))
+        counts[role] += 1
+    return sites
+
+
+def install(model: PreTrainedModel, plan: Plan) -> None:
+    """Put the plan's variants into a model, in place, and prove that each is called.
+
+    Raises:
+        UserError: The plan names a place that the model lacks, or asks for more than a variant can do.
+    """
+    if plan.is_full:
+        remove(model)
+        return
+    sites = find_sites(model)
+    _refuse_idle_places(plan, sites)
+    chosen = [choose(plan, site) for site in sites]
+    for site, options in zip(sites, chosen, strict=True):
+        site.module.add_module(CHILD, cast(nn.Module, VARIANTS[options.variant].load()(options, site)))
+        keep_as_vector(site.module, cross=site.role == "cross")
+    _go_through(model, NAME)
+    setattr(model.config, PLAN, plan.model_dump(mode="json"))
+    with recorded() as calls:
+        _run_once(model)
+    if silent := [str(site) for site in sites if site.module not in calls]:
+        raise RuntimeError(f"in place, but not called: {', '.join(silent)}")
+
+
+def variant_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that the variants in a model brought."""
+    return [name for name, _ in model.named_parameters() if f".{CHILD}." in name]
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Take all variants out of a model: it answers as it did before, to the bit."""
+    if not hasattr(model.config, PLAN):
+        return
+    for module in [module for module in model.modules() if hasattr(module, CHILD)]:
+        delattr(module, CHILD)
+        keep_as_table(module)
+    delattr(model.config, PLAN)
+    _go_through(model, model.get_correct_attn_implementation(None))
+
+
+def stored_plan(model: PreTrainedModel) -> Plan | None:
+    """The plan that a model holds or was saved with.
+
+    Raises:
+        UserError: It is one of a later version.
+    """
+    plain = getattr(model.config, PLAN, None)
+    if plain is None:
+        return None
+    try:
+        return Plan.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(
+            f"an attention plan that this version of heedful does not know: {plain}",
+            where=f"{model.config.name_or_path}/config.json",
+            fix="open it with the version that wrote it",
+        ) from error
+
+
+def mark(folder: Path) -> None:
+    """Let a saved model with variants name this project as its attention.
+
+    transformers drops the name when it saves; read without this project, it is then refused in place of running as full
+    attention. No more than a look for a model without variants.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if PLAN in config:
+        path.write_text(json.dumps({**config, "attn_implementation": NAME}, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(model: PreTrainedModel) -> list[str]:
+    """What is in place, a line for each run of layers alike; nothing for a model without variants."""
+    if not hasattr(model.config, PLAN):
+        return []
+    plan, lines = Plan.model_validate(getattr(model.config, PLAN)), []
+    placed = [(site, choose(plan, site)) for site in find_sites(model)]
+    for (role, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
+        layers = [site.layer for site, _ in run]
+        settings = [f"{k}={v}" for k, v in options.model_dump(mode="json").items() if k != "variant"]
+        lines.append(f"attention: {' '.join([f'{role}[{layers[0]}-{layers[-1]}]', options.variant, *settings])}")
+    return lines
+
+
+def choose(plan: Plan, site: Site) -> AnyOptions:
+    """What goes to a site: of a short form only what the variant is for, and ``full`` elsewhere.
+
+    Raises:
+        UserError: A variant is asked for at a place that it can not serve.
+    """
+    options = plan.at(site.role, site.layer)
+    roles = VARIANTS[options.variant].roles
+    if site.role in roles:
+        return options
+    if plan.is_short:
+        return FullOptions()
+    raise UserError(
+        f"{options.variant} at {site}",
+        where="attention",
+        expected=f"it at {', '.join(roles)}: elsewhere it has no meaning",
+    )
+
+
+@contextmanager
+def recorded() -> Iterator[list[nn.Module]]:
+    """Within, the attention modules that are called, in order."""
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+
+
+def _go_through(model: PreTrainedModel, name: str) -> None:
+    """transformers' own ``set_attn_implementation`` misses the layers of a joined model's encoder: they hold a
+    configuration of their own, and would take one kind of mask for another."""
+    for config in _configs(model):
+        config._attn_implementation_internal = name
+
+
+def _variant_of(module: nn.Module) -> Variant:
+    variant: Variant | None = getattr(module, CHILD, None)
+    if variant is not None:
+        return variant
+    if _calls is None:
+        raise ValueError(
+            f"{type(module).__name__} has no attention variant: open the model with heedful, which puts it in"
+        )
+    return VARIANTS["full"].load()(FullOptions(), Site("", "encoder.self", 0, module))  # the run that finds the sites
+
+
+def _lazy(mask: LazyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor) -> LazyMask:
+    if isinstance(mask, LazyMask):
+        return mask
+    if mask is not None:
+        raise ValueError("a mask of four dimensions: a variant takes the model's own mask alone")
+    queries, keys = query.shape[2], key.shape[2]
+    causal = bool(getattr(module, "is_causal", False)) and queries > 1
+    return LazyMask(
+        batch_size=query.shape[0],
+        q_length=queries,
+        kv_length=keys,
+        q_offset=keys - queries if causal else 0,
+        mask_function=causal_mask_function if causal else bidirectional_mask_function,
+        allow_is_causal_skip=causal,
+        allow_is_bidirectional_skip=True,
+    )
+
+
+def _run_once(model: PreTrainedModel) -> None:
+    """On a few tokens, in eval mode; of the kind that ends a text, of which BART's classifier needs one."""
+    end, words = getattr(model.config, "eos_token_id", None), model.get_input_embeddings()
+    ids = torch.full((1, 4), end if isinstance(end, int) and end < len(words.weight) else 0, device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(**inputs)
+    model.train(training)
+
+
+def _role(path: str, module: nn.Module) -> Role:
+    if any(word in path.lower() for word in CROSS):
+        return "cross"
+    return "decoder.self" if getattr(module, "is_causal", False) else "encoder.self"
+
+
+def _refuse_own_ways(model: PreTrainedModel) -> None:
+    parts = {type(part): part for part in model.modules() if isinstance(part, PreTrainedModel)}
+    own = [kind for kind in parts if not kind._can_set_attn_implementation()]
+    if own:
+        raise UserError(
+            f"{own[0].__name__} computes attention in its own way, and would never call a variant",
+            where="attention",
+            expected="a model that goes through transformers' AttentionInterface",
+            fix=f"attention=full, or another model: {ALTERNATIVES}",
+        )
+
+
+def _refuse_idle_places(plan: Plan, sites: Sequence[Site]) -> None:
+    if idle := plan.idle([(site.role, site.layer) for site in sites]):
+        raise UserError(
+            f"no such place in this model: {', '.join(idle)}",
+            where="attention",
+            expected=f"among {', '.join(_summary(sites))}",
+        )
+
+
+def _summary(sites: Sequence[Site]) -> list[str]:
+    layers = {site.role: site.layer for site in sites}
+    return [f"{role}[0-{last}]" for role, last in layers.items()]

@@ -1,0 +1,115 @@
+"""The module of all variants that are full attention over fewer pairs: a pattern, and the engine.
+
+Shapes: B rows, H query heads, K key/value heads, N queries, M keys, D head size; n and m those of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from attention.engine import Visit, tiled_attention
+from attention.masks import LazyMask
+from attention.scoring import Scoring
+
+LARGEST_TILE = 512
+SMALLEST_TILE = 64
+TILE_AREA = 2**20
+"""Scores of all rows and heads in one tile, within those bounds: 4 MiB in fp32, about what a core keeps near."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much there is to attend to.
+
+    Args:
+        queries: N.
+        keys: M, those included that a cache of a window has dropped.
+        offset: Position of the first query; 0 but for decoding with a cache.
+        causal: Whether no query sees a later key.
+        tile: A good side of a tile, in tokens.
+    """
+
+    queries: int
+    keys: int
+    offset: int
+    causal: bool
+    tile: int
+
+    def last_seen(self, queries: slice) -> int:
+        """The end of the keys that these queries may see."""
+        return min(self.keys, queries.stop + self.offset) if self.causal else self.keys
+
+
+class Pattern(Protocol):
+    """Which pairs count, and in which tiles they lie."""
+
+    @property
+    def sdpa_below(self) -> int:
+        """Keys up to which torch's own kernel over the whole table is faster; measured, see docs/attention.md."""
+        ...
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+        """Which pairs count, of positions [n, 1] and [1, m]; None is all."""
+        ...
+
+    def visits(self, extent: Extent) -> Sequence[Visit]:
+        """Tiles that hold every pair that counts exactly once; the keys of all positions from 0."""
+        ...
+
+
+class Tiled(nn.Module):
+    """Full attention over the pairs of a pattern."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """BHND of BHND, BKMD and BKMD; see ``attention.variant.Variant``."""
+        (rows, heads, queries), keys = query.shape[:3], key.shape[2]
+        plain = not scoring.dropout and scoring.softcap is None and scoring.bias is None
+        if plain and keys <= self.pattern.sdpa_below:
+            return self._by_sdpa(query, key, value, mask, scoring.scaling)
+        side = int((TILE_AREA / (rows * heads)) ** 0.5)
+        tile = min(LARGEST_TILE, max(SMALLEST_TILE, side))
+        extent = Extent(queries, keys + mask.kv_offset, mask.q_offset, mask.causal, tile)
+        visits = [kept for visit in self.pattern.visits(extent) if (kept := visit.after(mask.kv_offset)).keys]
+        return tiled_attention(query, key, value, mask, visits, scoring)
+
+    def extra_repr(self) -> str:
+        """The pattern."""
+        return str(self.pattern)
+
+    def _by_sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scaling: float) -> Tensor:
+        allowed, attend = (
+            seen_pairs(self.pattern, mask),
+            partial(
+                scaled_dot_product_attention,
+                query,
+                key,
+                value,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            ),
+        )
+        if allowed is None:
+            return attend()
+        # Of a row that sees nothing torch's kernels give NaN or a mean, by the kernel; the engine gives zeros.
+        blind = ~allowed.any(-1, keepdim=True)
+        return attend(attn_mask=allowed | blind).masked_fill(blind, 0.0)
+
+
+def seen_pairs(pattern: Pattern, mask: LazyMask) -> Tensor | None:
+    """The whole table of the pairs that count and are allowed, bool that broadcasts to [B, 1, N, M]; None for all."""
+    allowed, (queries, keys) = mask.table(), mask.shape[2:]
+    seen = pattern.sees(torch.arange(queries)[:, None] + mask.q_offset, torch.arange(keys)[None, :] + mask.kv_offset)
+    if seen is None:
+        return allowed
+    return seen[None, None] if allowed is None else allowed & seen

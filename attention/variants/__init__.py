@@ -1,0 +1,1 @@
+"""One file a variant; the table is ``attention.VARIANTS``."""

@@ -1,0 +1,98 @@
+"""Blocks of tokens that see some blocks: neighbours, the first ones, and a few at random (Zaheer et al., arXiv
+2007.14062, section 2 and appendix D: BigBird-ITC).
+
+Which blocks a block sees at random follows from its number, not from the length of the text: so a row is the same
+whatever it is padded to, and a token decoded with a cache sees what it would see without. Of ``horizon`` blocks some
+are drawn, and those beyond the end of a text, or ahead of a causal query, fall away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attention.engine import Visit, ranges
+from attention.options import BlockSparseOptions
+from attention.pieces import merged
+from attention.tiled import Extent, Tiled
+from attention.variant import Site
+
+LONGEST = 4096
+"""Tokens among whose blocks is drawn, or fewer where a model can not read as many."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Pairs of tokens whose blocks see each other.
+
+    Args:
+        size: Tokens in a block.
+        around: Blocks seen to each side.
+        first: Blocks at the start that see all and are seen by all.
+        random: Blocks drawn for each block.
+        horizon: Blocks among which is drawn.
+        seed: With the block's number, decides.
+    """
+
+    size: int
+    around: int
+    first: int
+    random: int
+    horizon: int
+    seed: tuple[int, ...]
+    sdpa_below: int = 1024
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """By the blocks of the two."""
+        q, k = queries // self.size, keys // self.size
+        seen = ((q - k).abs() <= self.around) | (q < self.first) | (k < self.first)
+        for drawn in self._table(int(q.max()) + 1).to(q.device).unbind(1):
+            seen |= k == drawn[q]
+        return seen
+
+    def visits(self, extent: Extent) -> list[Visit]:
+        """A block of queries with all blocks that it sees."""
+        first, last = extent.offset // self.size, (extent.offset + extent.queries - 1) // self.size
+        return [visit for block in range(first, last + 1) for visit in self._of(block, extent)]
+
+    def _of(self, block: int, extent: Extent) -> Iterator[Visit]:
+        start = max(0, block * self.size - extent.offset)
+        queries = slice(start, min(extent.queries, (block + 1) * self.size - extent.offset))
+        end = extent.last_seen(queries)
+        if block < self.first:
+            yield from (Visit(queries, (keys,)) for keys in ranges(end, extent.tile))
+            return
+        near = range(max(0, block - self.around), block + self.around + 1)
+        blocks = {*near, *range(self.first), *drawn(self.seed, block, self.horizon, self.random)}
+        yield Visit(queries, merged(slice(b * self.size, min(end, (b + 1) * self.size)) for b in blocks))
+
+    def _table(self, blocks: int) -> Tensor:
+        """What each block draws, [blocks, random]."""
+        rows = [drawn(self.seed, block, self.horizon, self.random) for block in range(blocks)]
+        return torch.tensor(rows, dtype=torch.int64).view(blocks, self.random)
+
+
+@cache
+def drawn(seed: tuple[int, ...], block: int, horizon: int, count: int) -> tuple[int, ...]:
+    """The blocks that this one sees at random, ``count`` of ``horizon``."""
+    return tuple(np.random.default_rng([*seed, block]).choice(horizon, size=count, replace=False).tolist())
+
+
+def make(options: BlockSparseOptions, site: Site) -> Tiled:
+    """For self-attention; each layer draws blocks of its own."""
+    config = getattr(site.module, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or LONGEST
+    blocks = Blocks(
+        size=options.block_size,
+        around=options.window_blocks // 2,
+        first=options.global_blocks,
+        random=options.random_blocks,
+        horizon=max(options.random_blocks, -(-min(longest, LONGEST) // options.block_size)),
+        seed=(options.seed, site.layer),
+    )
+    return Tiled(blocks)

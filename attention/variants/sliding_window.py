@@ -1,0 +1,68 @@
+"""A window around each token, and tokens that see all and are seen by all (Beltagy et al., arXiv 2004.05150).
+
+Longformer gives its global tokens projections of their own; here they share those of all tokens, since the pretrained
+model has no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention.engine import Visit, ranges
+from attention.options import SlidingWindowOptions
+from attention.pieces import merged, without
+from attention.tiled import Extent, Tiled
+from attention.variant import Site
+
+
+@dataclass(frozen=True)
+class Window:
+    """Pairs no further apart than ``reach``, and all pairs with a global token.
+
+    Args:
+        reach: How far to each side.
+        global_tokens: Numbers of the keys, counted from the first one.
+    """
+
+    reach: int
+    global_tokens: tuple[int, ...] = ()
+    sdpa_below: int = 1024
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Near, or one of the two global."""
+        near = (queries - keys).abs() <= self.reach
+        return near | self._is_global(queries) | self._is_global(keys) if self.global_tokens else near
+
+    def visits(self, extent: Extent) -> list[Visit]:
+        """A tile of queries with its window and the global keys; what is left for global queries, tile by tile."""
+        side = min(extent.tile, max(64, self.reach // 2))
+        return [visit for queries in ranges(extent.queries, side) for visit in self._of(queries, extent)]
+
+    def _of(self, queries: slice, extent: Extent) -> Iterator[Visit]:
+        end = extent.last_seen(queries)
+        first, last = queries.start + extent.offset, queries.stop + extent.offset - 1
+        window = slice(max(0, first - self.reach), min(end, last + self.reach + 1))
+        pieces = merged([window, *(slice(g, g + 1) for g in self.global_tokens if g < end)])
+        furthest = max(last - window.start, window.stop - 1 - first)
+        yield Visit(queries, pieces, None if furthest <= self.reach else self.sees)
+        for token in self.global_tokens:
+            if first <= token <= last:
+                own = slice(token - extent.offset, token - extent.offset + 1)
+                for rest in without(slice(0, end), pieces):
+                    yield from (Visit(own, (piece,)) for piece in _shifted(rest, 4 * extent.tile))
+
+    def _is_global(self, indices: Tensor) -> Tensor:
+        return torch.isin(indices, torch.tensor(self.global_tokens, device=indices.device))
+
+
+def _shifted(piece: slice, size: int) -> Iterator[slice]:
+    return (slice(piece.start + s.start, piece.start + s.stop) for s in ranges(piece.stop - piece.start, size))
+
+
+def make(options: SlidingWindowOptions, site: Site) -> Tiled:
+    """For self-attention."""
+    return Tiled(Window(options.reach, tuple(sorted(set(options.global_tokens)))))

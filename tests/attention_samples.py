@@ -1,0 +1,67 @@
+"""Settings of every variant to try it with, and what the tests make of them."""
+
+import dataclasses
+
+import torch
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from attention import VARIANTS
+from attention.masks import LazyMask
+from attention.options import Plan
+from attention.variant import Site
+
+SAMPLES = {
+    "full": [{}],
+    "blockwise": [{}],
+    "sliding_window": [{"reach": 5}, {"reach": 90}, {"reach": 20, "global_tokens": [0, 3, 4, 70, 149]}],
+    "local_global": [{"reach": 9}],
+    "block_sparse": [{"block_size": 8}, {"block_size": 16, "window_blocks": 1, "global_blocks": 0, "random_blocks": 2}],
+    "strided": [{"stride": 16}, {"stride": 70}],
+}
+NEUTRAL = {
+    "full": {},
+    "blockwise": {},
+    "sliding_window": {"reach": 10_000},
+    "local_global": {"reach": 10_000},
+    "block_sparse": {"window_blocks": 999},
+    "strided": {"stride": 10_000},
+}
+"""Settings in which a variant is full attention."""
+DECODERS = ("blockwise", "sliding_window", "local_global", "block_sparse", "strided")
+
+
+def each_sample():
+    return [(name, settings) for name, samples in SAMPLES.items() for settings in samples]
+
+
+def make(name, settings, *, layer=0, module=None, tiled=True):
+    """A variant for a site; ``tiled`` keeps it from leaving short texts to torch's kernel."""
+    options = Plan.model_validate({"variant": name, **settings}).at("encoder.self", layer)
+    variant = VARIANTS[name].load()(options, Site("", "encoder.self", layer, module or torch.nn.Identity()))
+    if tiled and hasattr(variant, "pattern"):
+        variant.pattern = dataclasses.replace(variant.pattern, sdpa_below=0)
+    return variant
+
+
+def make_tensors(rows=2, heads=4, groups=2, queries=150, keys=150, width=8, *, dtype=torch.float64, seed=0):
+    """Query, key and value, unit normal, that want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, queries), (heads // groups, keys), (heads // groups, keys))
+    tensors = [torch.randn(rows, *shape, width, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+def make_mask(rows=2, queries=150, keys=150, *, causal=False, padding=True):
+    """Decoding with a cache where there are more keys; the first row is padded at its end, the second at its start."""
+    real = torch.ones(rows, keys, dtype=torch.bool)
+    if padding:
+        real[0, -30:], real[1, :20] = False, False
+    rule = causal_mask_function if causal else bidirectional_mask_function
+    return LazyMask(
+        batch_size=rows,
+        q_length=queries,
+        kv_length=keys,
+        q_offset=keys - queries,
+        mask_function=rule,
+        attention_mask=real,
+    )

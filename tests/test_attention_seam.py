@@ -1,0 +1,261 @@
+"""The one place where variants go into transformers: every trap of its registry, and what is saved of a plan."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_samples import make_mask
+from pydantic import ValidationError
+from tiny_families import COMMON, SIZES, make_model, save_body
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    EncoderDecoderModel,
+    MPNetConfig,
+    MPNetModel,
+)
+
+from attention.options import Plan
+from attention.seam import CHILD, NAME, attend, describe, find_sites, install, mark, remove, stored_plan
+from heedful import UserError
+from training.models import load_model
+
+WINDOW = {"variant": "sliding_window", "reach": 3}
+
+
+def plan(values):
+    return Plan.model_validate(values)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A classifier with a window, saved, and how it answered."""
+    model = make_model("bert", AutoModelForSequenceClassification)
+    install(model, plan(WINDOW))
+    ids = torch.arange(5, 29)[None]
+    model.save_pretrained(tmp_path / "model")
+    mark(tmp_path / "model")
+    return tmp_path / "model", ids, model(input_ids=ids).logits.detach()
+
+
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    [
+        ("bert", "encoder.self[0] encoder.self[1]"),
+        ("distilbert", "encoder.self[0] encoder.self[1]"),
+        ("modernbert", "encoder.self[0] encoder.self[1]"),
+        ("gemma2", "decoder.self[0] decoder.self[1]"),
+        ("gpt2", "decoder.self[0] decoder.self[1]"),
+        ("t5", "encoder.self[0] decoder.self[0] cross[0]"),
+        ("marian", "encoder.self[0] decoder.self[0] cross[0]"),
+    ],
+)
+def test_sites_are_found_by_what_runs(family, sites):
+    model = make_model(family, AutoModel)
+    before = model.config._attn_implementation
+    assert [str(site) for site in find_sites(model)] == sites.split()
+    assert model.config._attn_implementation == before, "it was only looked at"
+
+
+def test_both_halves_of_a_joined_model_are_sites():
+    encoder = make_model("bert", AutoModel)
+    decoder = make_model("bert", AutoModelForCausalLM, is_decoder=True, add_cross_attention=True)
+    model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    found = [str(site) for site in find_sites(model)]
+    assert found == ["encoder.self[0]", "encoder.self[1]", "decoder.self[0]", "cross[0]", "decoder.self[1]", "cross[1]"]
+    install(model, plan(WINDOW))
+    assert describe(model)[-1] == "attention: cross[1-1] full", "which has no neighbours"
+
+
+def test_a_class_that_computes_attention_in_its_own_way_is_refused():
+    """transformers takes the name, and DeBERTa never calls it; MPNet would add a mask of bools to its scores."""
+    deberta, mpnet = make_model("deberta-v2", AutoModel), MPNetModel(MPNetConfig(**COMMON, **SIZES))
+    for model in (deberta, mpnet):
+        with pytest.raises(UserError, match="in its own way"):
+            install(model, plan("blockwise"))
+        assert model.config._attn_implementation != NAME
+    install(deberta, plan("full"))
+
+
+def test_the_model_that_calls_no_variant_is_noticed(monkeypatch):
+    model = make_model("bert", AutoModel)
+    monkeypatch.setattr("attention.seam.find_sites", lambda model: sites)
+    sites = find_sites(make_model("bert", AutoModel))  # of another model
+    with pytest.raises(RuntimeError, match="not called"):
+        install(model, plan("blockwise"))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_padded_batch_keeps_its_mask(padded):
+    """Without a mask function of the same name transformers drops padding and packing, without a word."""
+    model, ids = make_model("bert", AutoModel), torch.arange(5, 29).repeat(2, 1)
+    real = torch.ones_like(ids)
+    real[0, 12:] = 0 if padded else 1
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=real)[0]
+        install(model, plan("blockwise"))
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=real)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "cache", "head_mask"])
+def test_a_call_that_asks_for_more_than_a_variant_does_is_refused(name):
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=name):
+        attend(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_maps_of_weights_are_refused_and_not_empty():
+    """transformers hands back an empty tuple where an implementation makes no weights."""
+    model = make_model("bert", AutoModel)
+    install(model, plan("blockwise"))
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids=torch.arange(5, 9)[None], output_attentions=True)
+
+
+def test_a_mask_of_four_dimensions_is_refused():
+    model = make_model("bert", AutoModel)
+    install(model, plan("blockwise"))
+    with pytest.raises(ValueError, match="four dimensions"):
+        model(input_ids=torch.arange(5, 9)[None], attention_mask=torch.ones(1, 1, 4, 4))
+
+
+def test_a_call_without_a_mask_is_as_causal_as_its_module():
+    q = torch.randn(1, 2, 6, 8)
+    for causal in (False, True):
+        module = torch.nn.Identity()
+        module.is_causal = causal
+        model = make_model("bert", AutoModel)
+        install(model, plan("blockwise"))
+        module.add_module(CHILD, getattr(find_sites(model)[0].module, CHILD))
+        out, weights = attend(module, q, q, q, None, scaling=0.3)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal, scale=0.3)
+        torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-6)
+        assert weights is None
+
+
+def test_a_plan_is_taken_out_without_a_trace():
+    for family, kind in (("bert", AutoModel), ("t5", AutoModel), ("gemma2", AutoModel)):
+        model, before = make_model(family, kind), make_model(family, kind)
+        inputs = {"input_ids": torch.arange(5, 29)[None]}
+        inputs |= {"decoder_input_ids": torch.arange(5, 11)[None]} if family == "t5" else {}
+        install(model, plan(WINDOW))
+        assert not torch.equal(model(**inputs)[0], before(**inputs)[0])
+        remove(model)
+        assert torch.equal(model(**inputs)[0], before(**inputs)[0])
+        assert model.config.to_dict() == before.config.to_dict()
+
+
+def test_a_saved_plan_is_opened_again_with_the_same_answers(saved):
+    folder, ids, expected = saved
+    loaded = load_model(AutoModelForSequenceClassification, str(folder))
+    assert stored_plan(loaded.model) == plan(WINDOW)
+    # To the bit but for where the weights lie in memory, which moves a plain model's answers as much.
+    torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected, rtol=0, atol=1e-8)
+    full = load_model(AutoModelForSequenceClassification, str(folder), attention=plan("full")).model
+    assert float((full(input_ids=ids).logits - expected).abs().max()) > 1e-6
+    other = load_model(AutoModelForTokenClassification, str(folder)).model
+    assert describe(other) == ["attention: encoder.self[0-1] sliding_window reach=3 global_tokens=[]"]
+
+
+def test_opened_without_this_project_it_fails_by_name(saved):
+    """It would run as full attention: transformers saves no attention's name."""
+    folder, _, _ = saved
+    program = (
+        "import sys, transformers\n"
+        "for kind in ('AutoModelForSequenceClassification', 'BertForSequenceClassification'):\n"
+        "    try:\n"
+        "        getattr(transformers, kind).from_pretrained(sys.argv[1])\n"
+        "    except ValueError as error:\n"
+        "        assert 'heedful' in str(error), error\n"
+        "    else:\n"
+        "        raise SystemExit(f'{kind} opened it')\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", program, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_opened_by_transformers_beside_this_project_it_is_refused_when_called(saved):
+    folder, ids, _ = saved
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(ValueError, match="open the model with heedful"):
+        model(input_ids=ids)
+
+
+def test_a_model_without_a_plan_is_saved_as_ever(tmp_path):
+    make_model("bert", AutoModel).save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    mark(tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_plan_of_a_later_version_is_named(saved):
+    folder, _, _ = saved
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"attention_plan": {"variant": "telepathy"}}))
+    with pytest.raises(UserError, match="telepathy"):
+        load_model(AutoModelForSequenceClassification, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cross": WINDOW}, "no such place in this model: cross"),
+        ({"encoder.self[0-2]": WINDOW, "encoder.self[7]": "blockwise"}, r"no such place in this model: .*\[7\]"),
+    ],
+)
+def test_a_place_that_the_model_lacks_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        install(make_model("bert", AutoModel), plan(values))
+
+
+def test_a_variant_at_a_place_where_it_has_no_meaning_is_refused():
+    with pytest.raises(UserError, match=r"sliding_window at cross\[0\]"):
+        install(make_model("t5", AutoModel), plan({"cross": WINDOW}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("telepathy", "does not match any of the expected tags"),
+        ({"variant": "sliding_window", "reach": 0}, "greater than or equal to 1"),
+        ({"variant": "sliding_window", "width": 4}, "Extra inputs"),
+        ({"variant": "block_sparse", "window_blocks": 2}, "odd number"),
+        ({"encoder": "blockwise"}, "no place"),
+        ({"encoder.self[1-]": "blockwise"}, "no place"),
+    ],
+)
+def test_a_wrong_plan_is_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        plan(values)
+
+
+def test_the_first_place_that_fits_decides():
+    several = plan({"encoder.self[0,2-3]": "full", "encoder.self": WINDOW, "cross": "blockwise"})
+    assert [several.at("encoder.self", layer).variant for layer in range(4)] == [
+        "full",
+        "sliding_window",
+        "full",
+        "full",
+    ]
+    assert several.at("cross", 9).variant == "blockwise"
+    assert several.at("decoder.self", 0).variant == "full"
+    assert plan(several.model_dump(mode="json")) == several
+    assert plan("blockwise").model_dump(mode="json") == {"variant": "blockwise"}
+
+
+def test_a_mask_can_be_copied_and_shown():
+    mask = make_mask()
+    assert mask.contiguous() is mask
+    assert "LazyMask" in repr(mask)
+    assert copy.copy(mask).shape == (2, 1, 150, 150)
+
+
+def test_the_body_of_a_swapped_classifier_goes_under_another_head(tmp_path):
+    save_body("bert", tmp_path / "plain")
+    loaded = load_model(AutoModelForTokenClassification, str(tmp_path / "plain"), attention=plan(WINDOW))
+    assert describe(loaded.model)[0].startswith("attention: encoder.self[0-1] sliding_window")

@@ -1,0 +1,178 @@
+"""What every variant owes the models it goes into, whatever it does inside."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from attention_samples import DECODERS, NEUTRAL, SAMPLES
+from tiny_families import DECODERS as DECODER_FAMILIES
+from tiny_families import FAMILIES, SEQ2SEQ, make_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from attention import VARIANTS
+from attention.options import Plan
+from attention.seam import CHILD, find_sites, install
+
+SWAPPABLE = [family for family in (*FAMILIES, *DECODER_FAMILIES, *SEQ2SEQ) if family != "deberta-v2"]
+NARROW = {
+    "sliding_window": {"reach": 3},
+    "local_global": {"reach": 3},
+    "block_sparse": {"block_size": 4, "window_blocks": 1, "global_blocks": 1, "random_blocks": 1},
+    "strided": {"stride": 5},
+}
+"""Settings in which a text of some thirty tokens is not seen whole."""
+
+
+def auto_class(family):
+    return {
+        **dict.fromkeys(DECODER_FAMILIES, AutoModelForCausalLM),
+        **dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM),
+    }.get(family, AutoModel)
+
+
+def swapped(model, plan, *, tiled=True):
+    """A copy with the plan in it; ``tiled`` keeps short texts from torch's kernel."""
+    model = copy.deepcopy(model)
+    install(model, Plan.model_validate(plan))
+    for module in model.modules():
+        if tiled and hasattr(module, "pattern"):
+            module.pattern = dataclasses.replace(module.pattern, sdpa_below=0)
+    return model
+
+
+def make_inputs(family, *, left=False):
+    """Two texts of 30 tokens, of which the first has 20."""
+    ids = torch.randint(5, 300, (2, 30), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(ids)
+    real[0, : 10 if left else None] = 0 if left else 1
+    if not left:
+        real[0, 20:] = 0
+    inputs = {"input_ids": ids.masked_fill(real == 0, 0), "attention_mask": real}
+    return inputs | ({"decoder_input_ids": ids[:, :12]} if family in SEQ2SEQ else {})
+
+
+def answers(model, inputs):
+    """Of real tokens: logits, or hidden states."""
+    with torch.no_grad():
+        out = model(**inputs)[0]
+    return out if "decoder_input_ids" in inputs else out[inputs["attention_mask"].bool()]
+
+
+def test_every_variant_has_samples():
+    assert set(SAMPLES) == set(NEUTRAL) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("family", SWAPPABLE)
+def test_in_its_neutral_setting_a_variant_is_full_attention(family):
+    model, inputs = make_model(family, auto_class(family), attention_dropout=0.0), make_inputs(family)
+    expected = answers(model, inputs)
+    for name, settings in NEUTRAL.items():
+        for tiled in (True, False):
+            ours = answers(swapped(model, {"variant": name, **settings}, tiled=tiled), inputs)
+            assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-5, (name, tiled)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart"])
+def test_variants_are_mixed_by_role_and_layer(family):
+    model, inputs = make_model(family, auto_class(family)), make_inputs(family)
+    own = "encoder.self" if family == "bert" else "decoder.self"
+    plan = {f"{own}[0]": "blockwise", own: {"variant": "strided", "stride": 10_000}}
+    mixed = swapped(model, plan)
+    kinds = [type(getattr(site.module, CHILD)).__name__ for site in find_sites(mixed)]
+    assert kinds.count("Full") == len([s for s in find_sites(model) if s.role != own])
+    torch.testing.assert_close(answers(mixed, inputs), answers(model, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "settings"), NARROW.items())
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "mistral", "gemma2", "t5"])
+def test_a_padded_row_answers_as_it_does_alone(family, name, settings):
+    """And so the pattern is of the row, not of the batch."""
+    model = swapped(make_model(family, auto_class(family)), {"variant": name, **settings})
+    inputs = make_inputs(family)
+    together = answers(model, inputs)
+    alone = {key: value[:1, : 20 if key != "decoder_input_ids" else None] for key, value in inputs.items()}
+    together = together[:1] if family == "t5" else together[:20]
+    torch.testing.assert_close(together.view(-1), answers(model, alone).view(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "settings"), {**NARROW, "blockwise": {}}.items())
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
+def test_a_causal_model_is_blind_to_the_future(family, name, settings):
+    model = swapped(make_model(family, AutoModelForCausalLM), {"variant": name, **settings})
+    inputs = make_inputs(family)
+    changed = inputs["input_ids"].clone()
+    changed[:, 15:] = 7
+    with torch.no_grad():
+        before, after = (model(**inputs | {"input_ids": ids})[0][:, :15] for ids in (inputs["input_ids"], changed))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("name", "settings"), NARROW.items())
+def test_what_no_pattern_reaches_changes_nothing(name, settings):
+    """One layer: a token's answer depends on the tokens that its pattern names, and on each of them."""
+    model = swapped(make_model("bert", AutoModel, num_hidden_layers=1), {"variant": name, **settings})
+    pattern = find_sites(model)[0].module.attention_variant.pattern
+    ids = make_inputs("bert")["input_ids"][1:]
+    seen = pattern.sees(torch.arange(30)[:, None], torch.arange(30)[None, :])
+    with torch.no_grad():
+        before = model(input_ids=ids)[0][0]
+        for key in range(30):
+            after = model(input_ids=ids.clone().index_fill(1, torch.tensor([key]), 301))[0][0]
+            moved = (after != before).any(-1)
+            moved[key] = seen[key, key]  # whose own embedding changed
+            assert torch.equal(moved, seen[:, key]), key
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "t5", "bart"])
+def test_decoding_with_a_cache_gives_what_decoding_without_gives(family, name):
+    model = swapped(make_model(family, auto_class(family)), {"variant": name, **NARROW.get(name, {})})
+    inputs = make_inputs(family, left=family not in SEQ2SEQ)
+    inputs.pop("decoder_input_ids", None)
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    with_cache, without = (
+        model.generate(**inputs, **settings, use_cache=use_cache, output_logits=True, return_dict_in_generate=True)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(with_cache.sequences, without.sequences)
+    for one, other in zip(with_cache.logits, without.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    beams = model.generate(**inputs, **settings, num_beams=3)
+    assert torch.equal(beams, model.generate(**inputs, **settings, num_beams=3, use_cache=False))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_static_cache_gives_the_same_tokens(name):
+    """generate makes the masks of such a cache early and hands them in again; see ``LazyMask``."""
+    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})})
+    inputs, settings = make_inputs("llama", left=True), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    static = model.generate(**inputs, **settings, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("name", ["blockwise", "sliding_window"])
+def test_packed_texts_do_not_see_each_other(name):
+    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})})
+    ids = make_inputs("llama")["input_ids"][1:]
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        apart = torch.cat([model(input_ids=part)[0] for part in ids.split([12, 18], dim=1)], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["blockwise", "strided"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_recomputing_activations_repeats_the_dropout(family, name):
+    model = swapped(make_model(family, auto_class(family)), {"variant": name, **NARROW.get(name, {})}).train()
+    inputs, gradients = make_inputs(family), []
+    for recomputing in (False, True):
+        if recomputing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(**inputs, use_cache=False)[0].float().square().sum().backward()
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-6)
