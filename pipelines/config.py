@@ -101,7 +101,7 @@ class DataSection(Section):
     max_duplicate_fraction: float | None = Field(default=None, ge=0, le=1)
     max_conflict_fraction: float | None = Field(default=None, ge=0, le=1)
     max_lost_fraction: float | None = Field(default=None, ge=0, le=1)
-    """The run stops when more of the tokens, entities or answers than this are cut off."""
+    """The run stops when more of the tokens or answers than this are cut off."""
 
     @model_validator(mode="after")
     def _streams_are_read_in_turn(self) -> DataSection:

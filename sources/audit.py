@@ -50,7 +50,7 @@ class Audit:
     lengths: dict[str, dict[str, float]]
     """Tokens in a feature."""
     losses: dict[str, dict[str, float]]
-    """What is cut off, as the task counted it, and as fractions."""
+    """What is cut off or has no tokens, as the task counted it, and as fractions."""
 
 
 @dataclass(frozen=True)

@@ -204,9 +204,9 @@ class Ner:
     def account(self, features: Columns, rows: Rows) -> dict[str, int]:
         """Count tokens (special ones included), words and entities, and which of them no feature holds.
 
-        ``tokens_lost`` are the last sub-words of a word too long for a window, ``words_lost`` words that the tokenizer
-        maps to nothing, ``entities_lost`` those with such a word; ``windows`` is the number of features beyond one a
-        row.
+        ``tokens_lost`` are the last sub-words of a word too long for a window. ``words_without_tokens`` are those that
+        the tokenizer maps to nothing, whatever the length: an empty word, a lone control character;
+        ``entities_with_a_word_without_tokens`` hold one. ``windows`` is the number of features beyond one a row.
         """
         found = [np.zeros(len(row["tokens"]), dtype=bool) for row in rows]
         for row, word_index in zip(features["row"], features["word_index"], strict=True):
@@ -215,7 +215,7 @@ class Ner:
         return {
             **self._account_tokens(features, rows),
             "words": sum(map(len, found)),
-            "words_lost": sum(int((~found_N).sum()) for found_N in found),
+            "words_without_tokens": sum(int((~found_N).sum()) for found_N in found),
             **self._account_entities(found, rows),
             "windows": sum(number - 1 for number in Counter(features["row"]).values()),
         }
@@ -297,7 +297,7 @@ class Ner:
             if "tags" in row
             for _, start, end in entities(to_iob2(row["tags"], self.scheme), strict=self.strict)
         ]
-        return {"entities": len(spans), "entities_lost": len(spans) - sum(map(int, spans))}
+        return {"entities": len(spans), "entities_with_a_word_without_tokens": len(spans) - sum(map(int, spans))}
 
 
 def _feature(encoded: BatchEncoding, i: int, position: int, word_index: list[int]) -> _Feature:

@@ -111,4 +111,4 @@ class Task(Protocol):
         """The same metrics as a fast function of row indices, for bootstrap intervals."""
 
     def account(self, features: Columns, rows: Rows) -> dict[str, int]:
-        """What these features lose of their rows: tokens, words, entities, answers cut off at ``max_length``."""
+        """What these features lose of their rows: what is cut off at ``max_length``, words without tokens."""

@@ -16,6 +16,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from heedful import UserError
+from sources.audit import loss_lines
 from tasks import TASKS
 from tasks.ner import Ner
 from tasks.options import NerOptions
@@ -270,7 +271,7 @@ def test_every_word_is_labelled_in_exactly_one_window(words, size):
             assert word == -1 or token == first_ids[word], "a window holds the word's own first sub-word"
     account = task.account(task.encode(columns(rows), training=True), rows)
     assert account["words"] == len(words)
-    assert account["words_lost"] == words.count(LOST)
+    assert account["words_without_tokens"] == words.count(LOST)
 
 
 def first_positions(words):
@@ -290,7 +291,7 @@ def test_windows_are_joined_to_the_words_they_came_from():
     assert wide.account(wide.encode(columns(rows), training=True), rows)["windows"] == 0
     account = narrow.account(narrow.encode(columns(rows), training=True), rows)
     assert account["windows"] > 5
-    assert account["tokens_lost"] == account["words_lost"] == account["entities_lost"] == 0
+    assert account["tokens_lost"] == account["words_without_tokens"] == 0
 
 
 def test_a_document_that_fits_is_one_feature_whatever_the_stride():
@@ -313,25 +314,29 @@ def test_a_word_longer_than_a_window_is_predicted_by_its_first_subword():
     whole = TOKENIZER(rows[0]["tokens"], is_split_into_words=True)
     assert account["tokens_lost"] == whole.word_ids().count(1) - 6
     assert account["tokens"] == len(whole["input_ids"]) + features["length"][-1]
-    assert account["words_lost"] == account["entities_lost"] == 0
+    assert account["words_without_tokens"] == account["entities_with_a_word_without_tokens"] == 0
 
 
-def test_lost_words_and_empty_rows_stay_in_the_denominator():
+def test_words_without_tokens_and_empty_rows_stay_in_the_denominator():
     rows = make_rows([("Anna met", "B-PER O")])
     rows.append({"row": 1, "tokens": ["Paul", LOST], "tags": ["B-PER", "I-PER"]})
-    rows.append({"row": 2, "tokens": [LOST], "tags": ["B-LOC"]})
+    rows.append({"row": 2, "tokens": [""], "tags": ["B-LOC"]})
     rows.append({"row": 3, "tokens": [], "tags": []})
     task = make_task(rows)
     features = task.encode(columns(rows), training=True)
     assert features["row"] == [0, 1]
     account = task.account(features, rows)
-    assert {name: account[name] for name in ("words", "words_lost", "entities", "entities_lost", "windows")} == {
+    assert {name: number for name, number in account.items() if not name.startswith("tokens")} == {
         "words": 5,
-        "words_lost": 2,
+        "words_without_tokens": 2,
         "entities": 3,
-        "entities_lost": 2,
+        "entities_with_a_word_without_tokens": 2,
         "windows": 0,
     }
+    assert list(loss_lines("train", account)) == [
+        "! train: 2 words without tokens",
+        "! train: 2 entities with a word without tokens",
+    ], "no max_length would keep them, so nothing is cut off"
     # A model that knows every label that it is asked for.
     label_of_id = torch.zeros(len(TOKENIZER), dtype=torch.int64)
     for example in make_examples(task, rows):
