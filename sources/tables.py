@@ -120,7 +120,8 @@ def decode(data: bytes, encoding: str, path: Path, *, line: int = 1) -> str:
             f"byte 0x{data[error.start]:02x} at offset {error.start} is not {encoding}",
             where=f"{path}, line {line}",
             expected=f"{encoding} text",
-            fix=f"give the file's encoding (data.encoding={guess}, latin-1, ...) or convert the file to utf-8",
+            fix=f"convert the file to utf-8, or give its encoding (data.encoding={guess}, latin-1, ...), "
+            "which then holds for all splits",
         ) from None
 
 

@@ -109,7 +109,7 @@ REFUSED = {
         "a.csv",
         b"text,label\nok,a\ncaf\xe9,b\n",
         CLS,
-        ["offset 19", "line 3", "0xe9", "data.encoding=cp1252"],
+        ["offset 19", "line 3", "0xe9", "data.encoding=cp1252", "holds for all splits"],
     ),
     "utf-16": ("a.csv", "text,label\nx,a\n".encode("utf-16"), CLS, ["data.encoding=utf-16"]),
     "semicolons": ("a.csv", "text;label\nx;1\n", CLS, ["data.delimiter=';'", "'text;label'"]),
