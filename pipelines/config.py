@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from attention.options import Plan
 from heedful import UserError
 from tasks import TASKS
-from tasks.options import Options
+from tasks.options import Options, Settings
 
 
-class Section(BaseModel):
-    """Frozen; an unknown key is a fault; numbers given where text is wanted are taken as text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+class Section(Settings):
+    """A part of the configuration with a name of its own."""
 
 
 class ModelSection(Section):
@@ -40,7 +38,7 @@ class ModelSection(Section):
     ``scratch`` draws every weight at random and takes only the tokenizer from elsewhere."""
     tokenizer: str | None = None
     """A folder or Hub id with another tokenizer than that of ``name``."""
-    architecture: dict[str, Any] = {}
+    architecture: dict[str, Any] = Field(default={})
     """With ``scratch``: ``model_type`` and arguments of its configuration class in transformers."""
     trust_remote_code: bool = False
 
@@ -79,7 +77,7 @@ class DataSection(Section):
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Maps a task's column to the user's, e.g. ``data.columns.text=review``."""
     max_train_samples: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
@@ -387,7 +385,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key below ``model``."""
     for name, field in model.model_fields.items():
         inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
+        if isinstance(inner, type) and issubclass(inner, Settings):
             yield f"{prefix}{name}"
             yield from _keys(inner, f"{prefix}{name}.")
         else:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
-class Options(BaseModel):
-    """Frozen; an unknown key is a fault."""
+class Settings(BaseModel):
+    """Frozen; an unknown key is a fault; numbers given where text is wanted are taken as text, true never as 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        return _number(value) if {int, float} & {annotation, *get_args(annotation)} else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")
+    return value
+
+
+class Options(Settings):
+    """The settings of one task."""
 
 
 class DecodingOptions(Options):
@@ -101,6 +117,11 @@ class ClassificationOptions(Options):
     """Weight of each class in the loss; ``balanced`` is n / (classes * n_class), as in scikit-learn."""
     long_documents: Literal["truncate", "windows"] = "truncate"
     """A document longer than ``model.max_length``: cut it, or average the logits over overlapping windows."""
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weights_are_numbers(cls, value: Any) -> Any:
+        return {name: _number(weight) for name, weight in value.items()} if isinstance(value, dict) else value
 
 
 class NerOptions(Options):

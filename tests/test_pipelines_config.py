@@ -143,6 +143,27 @@ def test_exponents_without_a_point_are_numbers(write):
     assert config.load(write(), ["train.learning_rate=3e-5"]).train.learning_rate == 3e-5
 
 
+@pytest.mark.parametrize(
+    ("task", "override"),
+    [
+        ("ner", "seed=true"),
+        ("ner", "train.learning_rate=yes"),
+        ("ner", "train.eval_steps=on"),
+        ("ner", "lora.lora_alpha=false"),
+        ("generation", "generation.decoding.num_beams=true"),
+        ("classification", "classification.class_weights={a: true, b: 2}"),
+    ],
+)
+def test_true_is_no_number(write, task, override):
+    key = override.partition("=")[0]
+    message = refusal(write(f"task: {task}\nmodel: {{name: m}}\n"), override)
+    assert "Input should be a number, not true or false" in message
+    assert f"- {key}" in message
+    numbers = ["seed='7'", "train.learning_rate=1", "train.bf16=true"]
+    loaded = config.load(write(), numbers)
+    assert (loaded.seed, loaded.train.learning_rate, loaded.train.bf16) == (7, 1.0, True)
+
+
 def test_an_architecture_round_trips_and_its_exponents_are_numbers(write):
     text = "task: ner\nmodel: {init: scratch, tokenizer: t, architecture: {model_type: bert, layer_norm_eps: 1e-6}}\n"
     loaded = config.load(write(text), ["model.architecture.hidden_size=8"])
