@@ -203,8 +203,10 @@ def test_named_modules_are_taken_and_unknown_ones_refused(bodies):
     wrapped = add_lora(loaded.model, loaded.new, r=2, lora_alpha=3, target_modules=["query"])
     assert sum("lora_A" in name for name, _ in wrapped.named_parameters()) == 2
     assert (wrapped.peft_config["default"].lora_alpha, wrapped.peft_config["default"].r) == (3, 2)
-    with pytest.raises(UserError, match="No modules were targeted"):
-        add_lora(load().model, loaded.new, r=2, target_modules=["q_proj"])
+    for targets in (["q_proj"], ["query", "q_proj"]):
+        with pytest.raises(UserError, match="BertForSequenceClassification has no module 'q_proj'") as caught:
+            add_lora(load().model, loaded.new, r=2, target_modules=targets)
+        assert caught.value.expected == "such as dense, key, query, value"
 
 
 def test_a_model_without_blocks_is_refused():

@@ -46,6 +46,7 @@ def add_lora(
     Raises:
         UserError: The model has no such module, or PEFT can not tell its new ones from pretrained ones.
     """
+    _refuse_absent(model, target_modules or ())
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha or 2 * r,
@@ -81,6 +82,18 @@ def add_lora(
             fix="leave out lora.r to train the whole model",
         )
     return wrapped
+
+
+def _refuse_absent(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """PEFT would adapt those of the names that it finds, and say nothing of the others."""
+    names = [name for name, _ in model.named_modules()]
+    if absent := [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]:
+        raise UserError(
+            f"{type(model).__name__} has no module {', '.join(map(repr, absent))}",
+            where="lora.target_modules",
+            expected=f"such as {', '.join(_linears_of_blocks(model)[:8])}",
+            fix="leave it out to adapt all blocks",
+        )
 
 
 def _ties_new_embeddings(model: PreTrainedModel, new: Sequence[str]) -> bool:
@@ -124,13 +137,17 @@ def block_linears(model: nn.Module) -> str:
 
     Heads and poolers stand outside the blocks, whatever they are called.
     """
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and re.search(r"\.\d+\.", n)]
-    names = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    names = _linears_of_blocks(model)
     if not names:
         raise UserError(
             "no linear layers inside numbered blocks", where="lora", fix="name them: lora.target_modules=[...]"
         )
     return rf".*\.\d+\..*?({'|'.join(map(re.escape, names))})"
+
+
+def _linears_of_blocks(model: nn.Module) -> list[str]:
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and re.search(r"\.\d+\.", n)]
+    return sorted({name.rsplit(".", 1)[-1] for name in linears})
 
 
 def owners(parameters: Sequence[str]) -> list[str]:
