@@ -27,7 +27,7 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
         overrides: E.g. ``data.columns.text=review``.
 
     Returns:
-        One answer a row, in order, ready for JSON; on other ranks than the main one too.
+        One answer a row, in order, with the row's number from 0, ready for JSON; on other ranks than the main one too.
     """
     opened = open_model(checkpoint, overrides, console)
     columns, data, task = TASKS[opened.task.name].columns, opened.config.data, opened.task
@@ -50,7 +50,7 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
         batch_size=opened.config.train.per_device_eval_batch_size,
         tick=progress_lines(opened.console, "INPUT"),
     )
-    return task.decode(predictions, rows)
+    return [{"row": row, **output} for row, output in enumerate(task.decode(predictions, rows))]
 
 
 def looks_like_a_file(text: str) -> bool:
