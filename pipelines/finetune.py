@@ -1,6 +1,6 @@
 """``heedful finetune``: build the parts in the one legal order, train, evaluate, leave a model behind.
 
-seed -> tokenizer -> data (audited) -> model -> LoRA -> optimizer -> accelerator.prepare -> resume -> train
+seed -> tokenizer -> rows -> model -> features (audited) -> LoRA -> optimizer -> accelerator.prepare -> resume -> train
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from training.checkpoints import Position, write_json
 from training.embeddings import restore_embeddings
 from training.export import export
 from training.loop import Trainee, train
+from training.models import Loaded
 from training.sharding import is_sharded
 from training.tracking import Tracker, truncate_history, wandb_sinks
 
@@ -55,9 +56,13 @@ NOT_A_SCORE = ("best_f1_thresh",)
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, audited; every dict is keyed by split. Of a stream it is the first block."""
+    """The data of a run, audited, and the model that fits it; every dict is keyed by split.
+
+    Of a stream it is the first block.
+    """
 
     task: Task
+    loaded: Loaded
     sources: dict[str, str]
     rows: dict[str, datasets.Dataset]
     features: dict[str, datasets.Dataset]
@@ -82,8 +87,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     batching = building.build_batching(config, accelerator)
     checkpoint = runs.find_checkpoint(run, config, say=partial(tell, console))
     data = prepare(config, accelerator, console)
-    task, features = data.task, data.features
-    loaded = building.load_base(config, task)
+    task, loaded, features = data.task, data.loaded, data.features
     model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
     tell(console, *building.distribute(config, model, accelerator))
@@ -142,10 +146,10 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
 
 
 def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Prepared:
-    """Fetch, read, encode and audit the data.
+    """Fetch and read the data, load the model, and only then, since it may take long, encode and audit the data.
 
     Raises:
-        UserError: It can not be learned from as it is, or exceeds a limit that the user set.
+        UserError: It can not be learned from as it is, by this model, or exceeds a limit that the user set.
     """
     sources = split_sources(config.data)
     if "train" not in sources:
@@ -156,6 +160,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     task = building.build_task(config, rows["train"])
     for split in rows:
         task.check(rows[split], where=sources[split])
+    loaded = building.load_base(config, task)
     features = {split: encode(task, rows[split], training=split == "train") for split in rows}
     audited = audit(
         rows,
@@ -173,7 +178,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
         console.print(shown)
     check(audited, building.audit_limits(config))
-    return Prepared(task, sources, rows, features, assets, audited)
+    return Prepared(task, loaded, sources, rows, features, assets, audited)
 
 
 def check_headline(

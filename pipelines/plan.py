@@ -50,8 +50,7 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     be_deterministic(config.seed)
     batching = building.build_batching(config, accelerator)
     data = prepare(config, accelerator, console)
-    features, task = data.features["train"], data.task
-    loaded = building.load_base(config, task)
+    features, task, loaded = data.features["train"], data.task, data.loaded
     model = building.adapt(config, loaded, features, padding=task.tokenizer.pad_token_id or 0)
     description = "\n".join([building.describe_model(loaded, model), *building.distribute(config, model, accelerator)])
     lengths = np.asarray(features["length"])

@@ -460,6 +460,18 @@ def test_what_needs_no_data_is_refused_before_the_data_is_read(overrides, projec
     assert "error" in log
 
 
+@pytest.mark.parametrize(("override", "expected"), [("model.max_length=100", "64"), ("model.name=./nan", "NaN")])
+def test_a_model_that_does_not_do_is_refused_before_the_data_is_encoded(
+    override, expected, project, cli_run, monkeypatch
+):
+    save_body("bert", "nan")
+    weights = load_file("nan/model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, "nan/model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr("pipelines.finetune.encode", lambda *_, **__: pytest.fail("encoded"))
+    refused(cli_run("finetune", "run.yaml", override), expected)
+
+
 def test_resuming_from_another_runs_checkpoint_is_refused(project, cli_run):
     cli_run("finetune", "run.yaml")
     other = cli_run("finetune", "run.yaml", "output_dir=runs/other", "resume=runs/run/checkpoints/step-2")
