@@ -157,7 +157,11 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     assets = fetch_assets([config.model.name, config.model.tokenizer, *sources.values()], accelerator, console)
     sources = pin_stream(sources, accelerator) if config.data.streaming else sources
     rows = read_splits(config, sources)
-    task = building.build_task(config, rows["train"])
+    try:
+        task = building.build_task(config, rows["train"])
+    except UserError as error:  # a task knows its rows, and not where they are
+        error.where = error.where.replace("data.train", sources["train"])
+        raise
     for split in rows:
         task.check(rows[split], where=sources[split])
     loaded = building.load_base(config, task)

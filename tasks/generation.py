@@ -89,7 +89,7 @@ class Generation:
             UserError: Rows of no form or of several, no token that ends a text, a chat without a template, or windows
                 that would not move on.
         """
-        form = _form(rows[0])
+        form = _form(rows[0], where="data.train")
         if tokenizer.eos_token_id is None:
             raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
         if form == "chat" and tokenizer.chat_template is None:
@@ -114,7 +114,7 @@ class Generation:
         Raises:
             UserError: Naming the first such row.
         """
-        form = _form(rows[0]) if "prompt" not in rows[0] or "completion" in rows[0] else self.form
+        form = _form(rows[0], where=where) if "prompt" not in rows[0] or "completion" in rows[0] else self.form
         if form != self.form:
             raise UserError(f"rows of the form {form}", where=where, expected=f"{self.form}, as in training")
         for i, row in enumerate(rows):
@@ -285,13 +285,13 @@ class Generation:
         return [Piece(render(self.tokenizer, messages, answer_next=True), learned=False)]
 
 
-def _form(row: Mapping[str, Any]) -> Form:
+def _form(row: Mapping[str, Any], *, where: str) -> Form:
     forms = [form for column, form in FORM_OF.items() if column in row]
     if len(forms) == 1 and ("prompt" in row) == (forms[0] == "completion"):
         return forms[0]
     raise UserError(
         f"the columns {', '.join(name for name in row if name != 'row') or 'have none of the usual names'}",
-        where="data.train",
+        where=where,
         expected="text, or prompt and completion, or messages",
         fix="say which they are: data.columns.text=..., or .prompt and .completion, or .messages; drop the others",
     )

@@ -366,6 +366,19 @@ def refused(result, expected, *, untouched="runs"):
     assert not Path(untouched).exists(), "nothing may be written"
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "place"),
+    [
+        ("classification", {"text": "x", "label": "a"}, "train.jsonl\n"),
+        ("ner", {"tokens": ["Anna"], "tags": ["PER"]}, "train.jsonl, row 0, word 0"),
+    ],
+)
+def test_a_fault_of_training_rows_names_their_file(task, row, place, project, cli_run):
+    Path("train.jsonl").write_text(json.dumps(row) + "\n")
+    write_config(task=task, train="train.jsonl", validation="train.jsonl")
+    refused(cli_run("finetune", "run.yaml"), f"where    {place}")
+
+
 def test_broken_json_line_is_named(project, cli_run):
     Path("train.jsonl").write_text('{"text": "x", "label": "a"}\n{"text": "y", "label"\n')
     refused(cli_run("finetune", "run.yaml", "data.train=train.jsonl"), "line 2")
