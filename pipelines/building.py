@@ -14,6 +14,7 @@ from attention.seam import describe
 from heedful import UserError
 from pipelines.config import ModelSection, RunConfig
 from sources.audit import Limits
+from sources.texts import counted
 from tasks import TASKS
 from tasks.fitting import check_fit, pad_as
 from tasks.positions import check_length
@@ -194,7 +195,8 @@ def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     if micro and accumulation and micro * accumulation * world_size != train.batch_size:
         raise UserError(
-            f"{micro} x {accumulation} x {world_size} processes = {micro * accumulation * world_size} examples a step",
+            f"{micro} x {accumulation} x {counted(world_size, 'processes')} = "
+            f"{counted(micro * accumulation * world_size, 'examples')} a step",
             where="train.per_device_train_batch_size, train.gradient_accumulation_steps",
             expected=f"train.batch_size={train.batch_size}, which is decided first",
             fix="leave one of the two out: it follows from the others",

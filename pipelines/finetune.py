@@ -38,6 +38,7 @@ from pipelines.report import learned_tokens, progress_lines, show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
 from sources.audit import Audit, audit, check, summary
+from sources.texts import counted
 from tasks import TASKS
 from tasks.protocol import Task
 from training import checkpoints
@@ -174,10 +175,11 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     )
     tell(console, *summary(audited))
     if config.data.streaming:
+        first = counted(f"{len(rows['train']):,}", "rows")
         tell(
             console,
-            f"train is a stream: labels, their weights, the audit with its limits and the baselines are those of its "
-            f"first {len(rows['train']):,} rows; the rest is read, checked and shuffled in blocks of as many",
+            "train is a stream: labels, their weights, the audit with its limits and the baselines are those of its "
+            f"first {first}; the rest is read, checked and shuffled in blocks of as many",
         )
     if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
         console.print(shown)
@@ -251,8 +253,8 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
     )
     if position.world_size != accelerator.num_processes:
         say(
-            f"resuming on {accelerator.num_processes} processes what {position.world_size} began: the same examples "
-            "in the same updates, but other dropout masks"
+            f"resuming on {counted(accelerator.num_processes, 'processes')} what {position.world_size} began: "
+            "the same examples in the same updates, but other dropout masks"
         )
         position.world_size = accelerator.num_processes
     best = path.parent / f"step-{position.best_step}"

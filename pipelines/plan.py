@@ -12,6 +12,7 @@ from pipelines import building
 from pipelines.config import RunConfig
 from pipelines.finetune import be_deterministic, prepare
 from pipelines.preparation import build_accelerator, build_console
+from sources.texts import counted
 from training.batches import epoch_batches, examples, micro_batches, rank_share
 from training.footprint import Footprint, device_memory, measure
 
@@ -81,11 +82,12 @@ def _table(found: Plan) -> Table:
     footprint = found.footprint
     sizes = ("weights", "gradients", "optimizer", "activations", "total")
     rows = [(name, f"{getattr(footprint, name) / MIB:,.0f} MiB") for name in sizes]
-    rows[3] = (f"activations of {footprint.examples} examples of up to {found.longest} tokens", rows[3][1])
+    batch = f"{counted(footprint.examples, 'examples')} of up to {counted(found.longest, 'tokens')}"
+    rows[3] = (f"activations of {batch}", rows[3][1])
     rows += [
         ("memory of the device", f"{found.memory / MIB:,.0f} MiB"),
         ("largest micro-batch that fits", f"{found.most_examples:,} of the longest examples"),
-        ("updates", f"{found.steps:,} of {found.batch_size} examples"),
+        ("updates", f"{found.steps:,} of {counted(found.batch_size, 'examples')}"),
         ("one update", f"{footprint.seconds:.2f} s"),
         ("training, without evaluation", f"{found.seconds / 60:,.1f} min"),
     ]

@@ -14,6 +14,7 @@ from pipelines import config as configuration
 from pipelines.preparation import build_accelerator, build_console, dialect, tell
 from sources.readers import read_texts
 from sources.tables import Dialect
+from sources.texts import counted
 from tasks import TASKS
 from training.vocabulary import Kind, save_tokenizer, train_tokenizer
 
@@ -52,7 +53,7 @@ def train(
     texts: list[str] = []
     for source in sources:
         for column, found in read_texts(source, columns=columns, usual=usual_names(), dialect=how).items():
-            tell(console, f"{source}: {len(found):,} texts in the column {column!r}")
+            tell(console, f"{source}: {counted(f'{len(found):,}', 'texts')} in the column {column!r}")
             texts += found
     tokenizer = train_tokenizer(
         texts, kind=kind, vocab_size=vocab_size, special_tokens=special_tokens, lowercase=lowercase

@@ -21,7 +21,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from heedful import UserError
 from sources.columns import Column
-from sources.texts import normalize
+from sources.texts import counted, normalize
 
 EXAMPLES = 3
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -138,14 +138,14 @@ def check(result: Audit, limits: Limits) -> None:
 
 def summary(result: Audit) -> list[str]:
     """The audit in a few lines; those that deserve a look begin with ``!``."""
-    lines = [f"{split}: {count} rows{_balance_line(result.balance[split])}" for split, count in result.rows.items()]
+    lines = [f"{split}: {counted(n, 'rows')}{_balance_line(result.balance[split])}" for split, n in result.rows.items()]
     lines += [
         f"! {split}: labels that differ in case or blanks alone: {', '.join(map(repr, twins))}"
         for split, balance in result.balance.items()
         if (twins := _alike(balance))
     ]
     lines += [f"! {split}: {', '.join(names[:8])} not in train" for split, names in result.unseen.items() if names]
-    lines += [f"! {split}: {count} rows have an empty input" for split, count in result.empty.items() if count]
+    lines += [f"! {split}: {counted(n, 'rows')} with an empty input" for split, n in result.empty.items() if n]
     lines += _found_lines("duplicates within", result.duplicates)
     lines += _found_lines("inputs leak", result.leaks)
     lines += _found_lines("conflicting targets in", result.conflicts)
@@ -338,7 +338,8 @@ def _found_lines(what: str, found: Mapping[str, Mapping[str, Any]]) -> Iterable[
         if part["normalized"]:
             exact = f", {part['exact']} exactly" if "exact" in part else ""
             examples = ", ".join(f"{a}/{b}" for a, b in part["examples"])
-            yield f"! {what} {name}: {part['normalized']} rows ({part['fraction']:.2%}){exact}; e.g. rows {examples}"
+            rows = counted(part["normalized"], "rows")
+            yield f"! {what} {name}: {rows} ({part['fraction']:.2%}){exact}; e.g. rows {examples}"
 
 
 def loss_lines(split: str, part: Mapping[str, float]) -> Iterable[str]:
@@ -348,8 +349,9 @@ def loss_lines(split: str, part: Mapping[str, float]) -> Iterable[str]:
             continue
         if name.endswith(LOST):
             share = part.get(f"{name}_fraction", math.nan)
-            yield f"! {split}: {value:g} {name.removesuffix(LOST)} cut off" + (
+            yield f"! {split}: {counted(f'{value:.0f}', name.removesuffix(LOST))} cut off" + (
                 f" ({share:.2%})" if share == share else ""
             )
         elif "without" in name:
-            yield f"! {split}: {value:g} {name.replace('_', ' ')}"
+            noun, *rest = name.split("_")
+            yield " ".join([f"! {split}:", counted(f"{value:.0f}", noun), *rest])

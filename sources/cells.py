@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from heedful import UserError
 from sources.columns import Column
 from sources.tables import Table, log
+from sources.texts import counted
 
 TEXT = Value("large_string")  # 64-bit offsets: one column may hold more than 2 GiB
 ANSWERS = {"text": List(TEXT), "answer_start": List(Value("int64"))}
@@ -283,7 +284,8 @@ def _is_message(cell: Any) -> bool:
 def _check_lengths(table: Table, words: Sequence[list[str]], tags: Sequence[list[str]]) -> None:
     bad = [i for i, (left, right) in enumerate(zip(words, tags, strict=True)) if len(left) != len(right)]
     if bad:
-        found = f"{len(words[bad[0]])} tokens but {len(tags[bad[0]])} tags in the first such row"
+        tokens, labels = counted(len(words[bad[0]]), "tokens"), counted(len(tags[bad[0]]), "tags")
+        found = f"{tokens} but {labels} in the first such row"
         raise table.fault("tags", bad, found=found, expected="one tag for each token", fix="mend or drop these rows")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from heedful import UserError
 from sources.tables import Dialect, Table, log, read_text
+from sources.texts import counted
 
 DOCUMENT_START = "-DOCSTART-"
 LONGEST_SENTENCE = 256
@@ -46,15 +47,16 @@ def read_conll(path: Path, dialect: Dialect) -> Table:
     tags = {line.cells[-1] for line in plain}
     comments = [line for line in lines if _is_comment(line, width, tags)]
     if comments:
-        log.warning("%s: %d comment lines left out, the first on line %d", path, len(comments), comments[0].number)
+        found = counted(len(comments), "comment lines")
+        log.warning("%s: %s left out, the first on line %d", path, found, comments[0].number)
     left_out = {line.number for line in comments}
     kept = [[line for line in group if line.number not in left_out] for group in groups]
     sentences = [group for group in kept if group]
     for line in (line for group in sentences for line in group if len(line.cells) != width):
         raise UserError(
-            f"{len(line.cells)} columns: {' '.join(line.cells)[:60]!r}",
+            f"{counted(len(line.cells), 'columns')}: {' '.join(line.cells)[:60]!r}",
             where=f"{path}, line {line.number}",
-            expected=f"{width} columns, as on most lines: the word first, its tag last",
+            expected=f"{counted(width, 'columns')}, as on most lines: the word first, its tag last",
             fix="mend that line",
         )
     if len(sentences) == 1 and len(sentences[0]) > LONGEST_SENTENCE:

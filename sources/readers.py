@@ -40,6 +40,7 @@ from sources.tables import (
     read_text,
     with_fields,
 )
+from sources.texts import counted
 
 TEXT_READERS = {".csv": read_csv, ".tsv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".ndjson": read_jsonl}
 CONLL_SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".bioes")
@@ -196,7 +197,7 @@ def rows_from_text(text: str, columns: tuple[Column, ...]) -> datasets.Dataset:
     least = max(1, sum(column.required for column in inputs))
     if not least <= len(parts) <= len(inputs) or not all(parts):
         raise UserError(
-            f"{len(parts)} parts in {text[:60]!r}",
+            f"{counted(len(parts), 'parts')} in {text[:60]!r}",
             where="the text on the command line",
             expected=f" {PART} ".join(column.role for column in inputs),
             fix=f"part the inputs by {PART}, or give a jsonl file with these columns",
@@ -431,7 +432,7 @@ def _read_lines(path: Path, columns: Sequence[Column], dialect: Dialect) -> Tabl
     kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     blank = len(lines) - len(kept) - (not lines[-1])
     if blank:
-        log.warning("%s: %d blank lines are no rows", path, blank)
+        log.warning("%s: %s left out", path, counted(blank, "blank lines"))
     return Table(str(path), (role,), len(kept), lambda _: [line for _, line in kept], lambda i: f"line {kept[i][0]}")
 
 

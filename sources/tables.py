@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
 from heedful import UserError
+from sources.texts import counted
 
 log = logging.getLogger("heedful.sources")
 
@@ -86,7 +87,8 @@ class Table:
     def fault(self, name: str, rows: Sequence[int], *, found: str, expected: str, fix: str) -> UserError:
         """Build the error for these rows of the column ``name``."""
         where = f"{self.source}, column {name!r}, {self.places(rows)}"
-        return UserError(f"{found} ({len(rows)} of {self.size} rows)", where=where, expected=expected, fix=fix)
+        share = f"{len(rows)} of {counted(self.size, 'rows')}"
+        return UserError(f"{found} ({share})", where=where, expected=expected, fix=fix)
 
 
 def read_text(path: Path, encoding: str) -> str:
@@ -145,9 +147,9 @@ def read_csv(path: Path, dialect: Dialect) -> Table:
     for line, cells in body:
         if len(cells) != len(header):
             raise UserError(
-                f"{len(cells)} cells",
+                counted(len(cells), "cells"),
                 where=f"{path}, line {line}",
-                expected=f"{len(header)} cells, as in the header ({', '.join(map(repr, header))})",
+                expected=f"{counted(len(header), 'cells')}, as in the header ({', '.join(map(repr, header))})",
                 fix="put a cell that holds the delimiter in double quotes; set data.delimiter if it is another one",
             )
     place = {name: i for i, name in enumerate(header)}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sources.texts import counted
 from tasks.batching import IGNORED, NO_WORD
 from tasks.labels import read_label
 from tasks.protocol import Output, Rows, Task
@@ -42,7 +43,8 @@ def majority(task: Any, train: Split, test: Split) -> Baseline | None:
 def lead(task: Any, train: Split, test: Split) -> Baseline:
     """The beginning of the source, as many words as a training target usually has."""
     words = int(median(len(row["target"].split()) for row in train.rows))
-    return f"first {words} words", [{"generated": " ".join(row["source"].split()[:words])} for row in test.rows]
+    answers = [{"generated": " ".join(row["source"].split()[:words])} for row in test.rows]
+    return f"first {counted(words, 'words')}", answers
 
 
 def copy(task: Any, train: Split, test: Split) -> Baseline:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from sources.texts import counted
 from tasks.options import DecodingOptions
 from tasks.protocol import Batch
 
@@ -57,7 +58,7 @@ def generate(
 def described(options: DecodingOptions) -> str:
     """How answers are searched for, in words."""
     search = "greedy" if options.num_beams == 1 else f"{options.num_beams} beams"
-    return f"{search}, at most {options.max_new_tokens} new tokens"
+    return f"{search}, at most {counted(options.max_new_tokens, 'new tokens')}"
 
 
 def pad_left(ids_BT: Tensor, lengths_B: Tensor, padding: int) -> Batch:

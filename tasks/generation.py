@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from heedful import UserError
+from sources.texts import counted
 from tasks import causal
 from tasks.batching import IGNORED
 from tasks.decoding import described, end_with, to_texts
@@ -158,7 +159,7 @@ class Generation:
             features = self._answers(rows)
             if training and (bare := [f["row"] for f in features if len(f["input_ids"]) == f["prompt_length"]]):
                 raise UserError(
-                    f"{len(bare)} rows without an answer to learn",
+                    f"{counted(len(bare), 'rows')} without an answer to learn",
                     where=f"row {bare[0]}",
                     expected="a completion, or a chat that ends with the assistant's answer",
                     fix="leave these rows out, or the turns after the last answer",

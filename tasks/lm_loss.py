@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from heedful import UserError
+from sources.texts import counted
 from tasks.batching import IGNORED
 from tasks.protocol import Batch, Output
 
@@ -89,7 +90,8 @@ def scored(outputs: Sequence[Output]) -> tuple[list[float], list[int]]:
     """
     nlls, tokens = ([output.get(name, 0) for output in outputs] for name in ("nll", "tokens"))
     if not sum(tokens):
-        raise UserError("no token to score", where=f"{len(outputs)} rows", expected="texts, or prompts with answers")
+        where = counted(len(outputs), "rows")
+        raise UserError("no token to score", where=where, expected="texts, or prompts with answers")
     return nlls, tokens
 
 

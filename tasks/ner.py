@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, BatchEncoding
 
 from heedful import UserError
+from sources.texts import counted
 from tasks.batching import IGNORED, NO_WORD, model_inputs, pad_batch
 from tasks.fitting import require_fast
 from tasks.metrics import counts
@@ -246,7 +247,8 @@ class Ner:
 
     def _check_row(self, words: Sequence[str], tags: Sequence[str], *, where: str) -> None:
         if len(words) != len(tags):
-            raise UserError(f"{len(tags)} tags for {len(words)} words", where=where, expected="one tag a word")
+            found = f"{counted(len(tags), 'tags')} for {counted(len(words), 'words')}"
+            raise UserError(found, where=where, expected="one tag a word")
         iob2 = to_iob2(tags, self.scheme)
         unknown = next((i for i, tag in enumerate(iob2) if tag not in self.labels), None)
         if unknown is not None:

@@ -270,7 +270,7 @@ def test_an_encoder_used_twice_summarizes(project, cli_run):
     assert json.loads(cli_run("evaluate", "runs/run")[1]) == stored
     short = ("summarization.decoding.max_new_tokens=1", "summarization.decoding.num_beams=2")
     code, out, log = cli_run("predict", "runs/run", "dev.jsonl", *short)
-    assert "decoding: 2 beams, at most 1 new tokens" in log
+    assert "decoding: 2 beams, at most 1 new token" in log
     assert all(len(json.loads(line)["generated"].split()) <= 1 for line in out.splitlines())
     long = cli_run("evaluate", "runs/run", "summarization.decoding.max_new_tokens=999")
     refused(long, "summarization.decoding.max_new_tokens", untouched="other")

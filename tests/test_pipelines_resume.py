@@ -154,10 +154,10 @@ def test_what_two_processes_sharded_others_go_on_with(config, tmp_path):
     run(config, tmp_path / "on 1", point="update:9", processes=2, overrides=overrides)
     shutil.copytree(tmp_path / "on 1", tmp_path / "on 3")
     whole = [line["loss"] for line in facts(tmp_path / "whole")[0] if "loss" in line]
-    for processes in (1, 3):
+    for processes, said in ((1, "1 process"), (3, "3 processes")):
         folder = tmp_path / f"on {processes}"
         resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
-        assert f"resuming on {processes} processes what 2 began" in resumed.stderr
+        assert f"resuming on {said} what 2 began" in resumed.stderr
         assert [line["loss"] for line in facts(folder)[0] if "loss" in line] == pytest.approx(whole, rel=1e-5)
 
 

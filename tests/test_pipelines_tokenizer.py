@@ -129,7 +129,7 @@ def test_columns_are_named_or_found_and_said(cli_run):
     write_jsonl(source=["hello world"], target=["hallo welt"], id=["x"])
     code, log = cli_run("out", "data.jsonl", "--columns", "source,target", "--vocab-size", 300)
     assert code == 0, log
-    assert "1 texts in the column 'source'" in log
+    assert "1 text in the column 'source'" in log
     assert "columns not used: 'id'" in log
     assert "of the 300 asked for: the texts hold no more" in log
     write_jsonl("qa.jsonl", id=["x"], question=["who sat?"], context=["the cat sat"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from heedful import UserError
 from sources.audit import Limits, audit, check, summary
-from sources.texts import normalize
+from sources.texts import counted, normalize
 from tasks import TASKS
 
 CLS, NER, QA = (TASKS[name].columns for name in ("classification", "ner", "qa"))
@@ -68,6 +68,22 @@ def test_pairs_differ_where_one_part_differs():
 )
 def test_normalize(left, right, same):
     assert (normalize(left) == normalize(right)) == same
+
+
+@pytest.mark.parametrize(
+    ("number", "plural", "expected"),
+    [
+        (1, "rows", "1 row"),
+        (0, "rows", "0 rows"),
+        (21, "rows", "21 rows"),
+        ("1,001", "rows", "1,001 rows"),
+        (1, "entities", "1 entity"),
+        (1, "processes", "1 process"),
+        (1, "new tokens", "1 new token"),
+    ],
+)
+def test_one_is_no_plural(number, plural, expected):
+    assert counted(number, plural) == expected
 
 
 @given(st.text())
@@ -201,9 +217,9 @@ def test_summary_marks_what_deserves_a_look():
     assert len(lines) <= 15
     assert lines[0] == "train: 4 rows; labels x 3, y 1"
     marked = "\n".join(line for line in lines if line.startswith("!"))
-    for part in ("test: z not in train", "empty input", "duplicates within train: 1 rows (25.00%), 1 exactly", "leak"):
+    for part in ("test: z not in train", "empty input", "duplicates within train: 1 row (25.00%), 1 exactly", "leak"):
         assert part in marked
-    assert "train: 1 tokens cut off (10.00%)" in marked
+    assert "train: 1 token cut off (10.00%)" in marked
     clean = summary(run(train=texts(("a", "x"), ("b", "y"))))
     assert clean == ["train: 2 rows; labels x 1, y 1"]
 

@@ -115,7 +115,7 @@ def test_settings_survive_saving(tmp_path):
     ("pairs", "options", "message"),
     [
         ([("Anna met", "O O")], {}, "no entity in any row"),
-        ([("Anna met", "B-PER")], {}, "1 tags for 2 words"),
+        ([("Anna met", "B-PER")], {}, "1 tag for 2 words"),
         ([("Anna met", "B-PER noun")], {}, "'noun'"),
         ([("Anna met", "S-PER O")], {"scheme": "IOB2"}, "'S-PER'"),
         ([("Anna met", "I-PER O")], {"scheme": "IOB2", "strict": True}, "continues no entity"),

@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from attention.options import Plan
 from attention.seam import install, stored_plan, variant_parameters
 from heedful import UserError
+from sources.texts import counted
 from training.checkpoints import MANIFEST, fault
 
 TOKENIZER_FILES = (
@@ -392,9 +393,9 @@ def _refuse_other_labels(config: PreTrainedConfig, auto_class: Any, name: str, w
     unnamed = all(label == f"LABEL_{i}" for i, label in stored.items())
     if len(stored) != len(labels) or (stored != labels and not unnamed):
         raise UserError(
-            f"a head for {len(stored)} labels: {_some(stored.values())}",
+            f"a head for {counted(len(stored), 'labels')}: {_some(stored.values())}",
             where=name,
-            expected=f"{len(labels)} labels as in the data, in this order: {_some(labels.values())}",
+            expected=f"{counted(len(labels), 'labels')} as in the data, in this order: {_some(labels.values())}",
             fix="model.init=new_head starts a fresh head on this checkpoint's body",
         )
 

@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from sources.texts import counted
+
 # It fears for blocks that add to a view in place; each family's update is compared with the one of one process.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
 
@@ -46,7 +48,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> str:
         raise RuntimeError(f"not sharded: {', '.join(plain[:3])}")
     own, total = (sum(f(p).numel() for p in model.parameters()) for f in (local, lambda p: p))
     return (
-        f"fsdp2: {len(parts)} blocks and the rest in {accelerator.num_processes} parts; "
+        f"fsdp2: {counted(len(parts), 'blocks')} and the rest in {accelerator.num_processes} parts; "
         f"this process holds {own:,} of {total:,} parameters"
     )
 
