@@ -141,7 +141,8 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     if accelerator.is_main_process:
         model = plain_model(config, trainee, features["train"], best)
         finish(run, config, task, model, features["train"], metrics, console)
-        show_end(console, metrics, baselines, folder=str(run.folder), task=task.name)
+        columns = data.rows["train"].column_names
+        show_end(console, metrics, baselines, folder=str(run.folder), task=task.name, columns=columns)
     accelerator.wait_for_everyone()
     return run.folder
 

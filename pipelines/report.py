@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from sources.readers import PART
 from tasks import TASKS
 from tasks.batching import IGNORED
 from training.evaluation import Tick
@@ -82,15 +83,29 @@ def progress_lines(console: Console, what: str, *, now: Callable[[], float] = ti
     return tick
 
 
-def show_end(console: Console, metrics: Metrics, baselines: Mapping[str, Metrics], *, folder: str, task: str) -> None:
-    """The end of a run: the figures, where everything is, and what to do next."""
+def show_end(
+    console: Console,
+    metrics: Metrics,
+    baselines: Mapping[str, Metrics],
+    *,
+    folder: str,
+    task: str,
+    columns: Collection[str],
+) -> None:
+    """The end of a run: the figures, where everything is, and what to do next.
+
+    Args:
+        columns: That the training rows have, and so an example must have.
+    """
     if metrics:
         console.print(metrics_table(metrics, baselines))
     model = shlex.quote(f"{folder}/model")
     named = "" if metrics else ' ARGS="data.test=FILE"'  # the run has no data to score on
+    inputs = [c for c in TASKS[task].columns if c.role in columns and c.role != "id" and not c.target]
+    example = PART.join(TASKS[task].example.split(PART)[: len(inputs)]).strip()
     console.print(
         f"\nrun     {folder}\nmodel   {folder}/model\n\nnext    make evaluate CHECKPOINT={model}{named}"
-        f'\n        make predict CHECKPOINT={model} INPUT="{TASKS[task].example}"',
+        f'\n        make predict CHECKPOINT={model} INPUT="{example}"',
         highlight=False,
         markup=False,
     )

@@ -38,7 +38,7 @@ class TaskEntry:
         path: Where the task lives.
         options: Its settings.
         columns: What it reads.
-        example: A text to try it on.
+        example: A text to try it on; of several inputs, a part for each.
         kinds: Of model that it is for, where transformers has such a head.
     """
 
@@ -63,7 +63,7 @@ TASKS: dict[str, TaskEntry] = {
             Column("text_pair", "text", ("text_pair", "sentence2", "hypothesis", "question2"), required=False),
             Column("label", "label", ("label", "labels", "class", "target", "category", "score"), target=True),
         ),
-        "Who flew to New York?",
+        "Who flew to New York? ||| Alice flew from Paris to New York.",
     ),
     "ner": TaskEntry(
         "tasks.ner:Ner",

@@ -280,6 +280,19 @@ def test_an_encoder_used_twice_summarizes(project, cli_run):
     refused(twice, "an encoder-decoder already", untouched="runs/run.1")
 
 
+@pytest.mark.parametrize(("task", "pairs"), [("classification", True), ("classification", False), ("qa", False)])
+def test_the_next_command_is_one_that_works(task, pairs, project, cli_run):
+    rows = make_rows(task, 12).remove_columns("row")
+    if pairs:
+        rows = rows.add_column("text_pair", rows["text"][:])
+    rows.to_json("train.jsonl")
+    write_config(task=task, train="train.jsonl", validation="train.jsonl")
+    log = cli_run("finetune", "run.yaml")[2]
+    given = re.search('INPUT="(.*)"', log)[1]
+    code, _, log = cli_run("predict", "runs/run", given)
+    assert code == 0, log
+
+
 def test_a_former_run_is_moved_aside_not_overwritten(project, cli_run):
     cli_run("finetune", "run.yaml")
     before = Path("runs/run/manifest.json").read_text()
