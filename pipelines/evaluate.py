@@ -7,12 +7,13 @@ from typing import Any
 from rich.console import Console
 
 from heedful import UserError
-from pipelines.inference import open_model
+from pipelines.inference import EFFECTIVE, model_folder, open_model, refuse_idle
 from pipelines.preparation import dialect, encode, fetch_assets, split_sources
 from pipelines.report import metrics_table, progress_lines
 from pipelines.scoring import evaluate_split
 from sources.readers import read_rows
 from tasks import TASKS
+from tasks.saved import read
 
 
 def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None = None) -> dict[str, dict[str, Any]]:
@@ -28,6 +29,8 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
     Raises:
         UserError: No data to score on, or data that this model can not be scored on.
     """
+    if read(model_folder(checkpoint))["settings"].get("form") == "text":
+        refuse_idle(overrides, effective=EFFECTIVE)  # plain text is scored, and nothing generated
     opened = open_model(checkpoint, overrides, console)
     data, task = opened.config.data, opened.task
     named = {override.partition("=")[0].removeprefix("data.") for override in overrides} & {"validation", "test"}

@@ -159,6 +159,21 @@ def test_settings_of_the_training_are_refused_afterwards(verb, project, cli_run)
         refused(cli_run(verb, "kept", *given, setting), f"'{setting.partition('=')[0]}' has no effect")
 
 
+def test_a_search_is_refused_where_plain_text_is_scored(project, cli_run):
+    save_body("llama", "model")
+    make_rows("generation", 12).remove_columns("row").to_json("train.jsonl")
+    write_config(task="generation", train="train.jsonl", validation="train.jsonl")
+    code, _, log = cli_run("finetune", "run.yaml")
+    assert code == 0, log
+    search = "generation.decoding.max_new_tokens=1"
+    result = cli_run("evaluate", "runs/run", search)
+    refused(result, "'generation.decoding.max_new_tokens' has no effect", untouched="other")
+    assert "decoding:" not in result[2]
+    assert cli_run("evaluate", "runs/run", "data.max_eval_samples=2")[0] == 0
+    _, out, _ = cli_run("predict", "runs/run", "the cat", search)
+    assert len(json.loads(out)["generated"].split()) <= 1
+
+
 def test_settings_that_do_not_agree_are_named_alone(project, cli_run):
     result = cli_run("finetune", "run.yaml", "train.save_steps=5", "train.save_strategy=epoch")
     refused(result, "train: save_strategy=epoch does not go with save_steps=5")
