@@ -339,13 +339,14 @@ def _faults_of_streaming(config: RunConfig) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        here = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        usual = Path("configs") / f"{path.stem}.yaml"
+        files = sorted(file for folder in (Path("configs"), path.parent) for file in folder.glob("*.yaml"))
+        known = {file.stem: str(file) for file in files if file != Path("assets.yaml")}
+        near = difflib.get_close_matches(path.stem, known, n=1)
         raise UserError(
             "no such configuration file",
             where=str(path),
-            expected=f"one of: {', '.join(here)}" if here else "",
-            fix=f"Did you mean {usual}?" if usual.is_file() else _nearest(path.stem, here),
+            expected=f"one of: {', '.join(known.values())}" if known else "",
+            fix=f"Did you mean {known[near[0]]}?" if near else "",
         )
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)

@@ -197,7 +197,7 @@ def test_a_file_that_runs_code_is_refused(write):
 
 def test_a_missing_file_names_the_nearest(write):
     path = write()
-    assert "Did you mean run?" in refusal(path.with_name("rum.yaml"))
+    assert f"Did you mean {path}?" in refusal(path.with_name("rum.yaml"))
 
 
 def test_overrides_win_and_make_sections(write):
@@ -235,6 +235,9 @@ def test_a_task_given_for_a_file_is_led_to_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/ner.yaml").write_text("task: ner\n")
-    with pytest.raises(UserError, match="no such configuration file") as error:
-        config.load("ner")
-    assert error.value.fix == "Did you mean configs/ner.yaml?"
+    (tmp_path / "assets.yaml").write_text("")
+    for name in ("ner", "nre"):
+        with pytest.raises(UserError, match="no such configuration file") as error:
+            config.load(name)
+        assert error.value.expected == "one of: configs/ner.yaml"
+        assert error.value.fix == "Did you mean configs/ner.yaml?"
