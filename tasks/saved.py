@@ -42,6 +42,12 @@ def load_task(folder: Path, tokenizer: Any) -> Task:
     return entry.load()(tokenizer=tokenizer, **values)  # type: ignore[call-arg]
 
 
+def model_of_run(folder: Path) -> str:
+    """What to give instead of a run, its adapter or a checkpoint of it; empty where there is no such model."""
+    models = [parent / "model" for parent in (folder, *folder.parents[:2]) if (parent / "model" / FILE).is_file()]
+    return f"give the model of that run: {models[0]}" if models and folder.is_dir() else ""
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The content of a model folder's ``heedful.json``; see ``load_task``."""
     path = folder / FILE
@@ -50,6 +56,6 @@ def read(folder: Path) -> dict[str, Any]:
             f"no {FILE}",
             where=str(folder),
             expected="a model folder written by heedful, such as runs/ner/model",
-            fix="fine-tune it first: `heedful finetune CONFIG model.name=FOLDER`",
+            fix=model_of_run(folder) or "fine-tune it first: `heedful finetune CONFIG model.name=FOLDER`",
         )
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]

@@ -476,6 +476,15 @@ def test_head_for_other_labels_is_refused_and_new_head_accepted(project, cli_run
     assert cli_run(*again, "model.init=new_head")[0] == 0
 
 
+def test_what_lies_around_a_model_leads_to_it(project, cli_run):
+    assert cli_run("finetune", "run.yaml", "lora.r=2")[0] == 0
+    hint = "give the model of that run: runs/run/model"
+    for folder in ("runs/run", "./runs/run/adapter", "runs/run/checkpoints/step-2"):
+        refused(cli_run("finetune", "run.yaml", f"model.name={folder}", "output_dir=other"), hint, untouched="other")
+    for folder in ("runs/run/adapter", "runs/run/checkpoints/step-2"):
+        refused(cli_run("predict", folder, "the cat"), hint, untouched="other")
+
+
 def test_a_run_trained_from_a_folder_is_evaluated_on_the_same_splits(project, cli_run):
     Path("folder").mkdir()
     for split in ("train", "validation", "test"):

@@ -29,6 +29,7 @@ from attention.options import Plan
 from attention.seam import install, stored_plan, variant_parameters
 from heedful import UserError
 from sources.texts import counted
+from tasks.saved import model_of_run
 from training.checkpoints import MANIFEST, fault
 
 TOKENIZER_FILES = (
@@ -124,6 +125,7 @@ def load_model(
     if (Path(name) / MANIFEST).is_file() and (reason := fault(Path(name))):
         raise UserError(f"broken model folder: {reason}", where=name, fix="fetch or train it again")
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_no_weights(name)
     if not new_head:
         _refuse_other_labels(config, auto_class, name, kwargs)
     if tokenizer is not None:
@@ -373,7 +375,18 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
             f"no model configuration could be loaded: {_first_line(error)}",
             where=name,
             expected=MODEL_FOLDER,
+            fix=model_of_run(Path(name)),
         ) from error
+
+
+def _refuse_no_weights(name: str) -> None:
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        raise UserError(
+            "a model folder without safetensors, the only weights that are read",
+            where=name,
+            expected="model.safetensors, or its parts with their index",
+            fix="give the folder that the model was saved to, or save it there again: MODEL.save_pretrained(FOLDER)",
+        )
 
 
 def _refuse_absent(name: str, *, expected: str) -> None:
