@@ -12,7 +12,7 @@ BIN := .venv/bin
 predict: override export INPUT := $(value INPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint assets plan finetune evaluate predict config test verify check format bench-peer clean
+.PHONY: help setup lint assets plan finetune evaluate predict config test verify check format bench-peer attention clean
 
 help:  ## Show every target, one line each
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ format: .venv/.ready  ## Format the code and mend what the linter can
 
 bench-peer: .venv/.ready  ## Measure against transformers' Trainer, both sides in one run
 	$(BIN)/python -m scripts.bench_peer $(ARGS)
+
+attention: .venv/.ready  ## Measure every attention variant: time and memory beside torch's kernel, into docs/attention/
+	$(BIN)/python -m scripts.bench_attention all $(ARGS)
 
 clean:  ## Remove caches; keeps .venv, assets and runs
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -93,10 +93,11 @@ class LazyMask(BlockMask):
             self._is_made = True
         return self._dense
 
-    def table(self) -> Tensor | None:
+    def table(self, device: torch.device) -> Tensor | None:
         """Which pairs are allowed, bool that broadcasts to [B, 1, N, M]; None for all."""
         _, _, queries, keys = self._size
-        return self.tile(torch.arange(queries), torch.arange(keys), below_diagonal=False)
+        rows, columns = torch.arange(queries, device=device), torch.arange(keys, device=device)
+        return self.tile(rows, columns, below_diagonal=False)
 
     def tile(self, queries_n: Tensor, keys_m: Tensor, *, below_diagonal: bool) -> Tensor | None:
         """Which pairs of these indices are allowed.

@@ -16,9 +16,9 @@ _PLACE = re.compile(r"(encoder\.self|decoder\.self|cross)(\[\d+(-\d+)?(,\d+(-\d+
 
 
 class VariantOptions(BaseModel):
-    """Frozen; an unknown key is a fault."""
+    """Frozen; an unknown key is a fault, and so is true for 1."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class FullOptions(VariantOptions):
@@ -39,7 +39,7 @@ class SlidingWindowOptions(VariantOptions):
     variant: Literal["sliding_window"]
     reach: int = Field(default=128, ge=1)
     """How far to each side."""
-    global_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    global_tokens: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field(default=(), strict=False)
     """Positions that see all and are seen by all, such as 0 for [CLS]."""
 
 

@@ -89,7 +89,7 @@ class Tiled(nn.Module):
 
     def _by_sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scaling: float) -> Tensor:
         allowed, attend = (
-            seen_pairs(self.pattern, mask),
+            seen_pairs(self.pattern, mask, query.device),
             partial(
                 scaled_dot_product_attention,
                 query,
@@ -106,10 +106,11 @@ class Tiled(nn.Module):
         return attend(attn_mask=allowed | blind).masked_fill(blind, 0.0)
 
 
-def seen_pairs(pattern: Pattern, mask: LazyMask) -> Tensor | None:
+def seen_pairs(pattern: Pattern, mask: LazyMask, device: torch.device) -> Tensor | None:
     """The whole table of the pairs that count and are allowed, bool that broadcasts to [B, 1, N, M]; None for all."""
-    allowed, (queries, keys) = mask.table(), mask.shape[2:]
-    seen = pattern.sees(torch.arange(queries)[:, None] + mask.q_offset, torch.arange(keys)[None, :] + mask.kv_offset)
+    allowed, (queries, keys) = mask.table(device), mask.shape[2:]
+    rows, columns = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    seen = pattern.sees(rows[:, None] + mask.q_offset, columns[None, :] + mask.kv_offset)
     if seen is None:
         return allowed
     return seen[None, None] if allowed is None else allowed & seen

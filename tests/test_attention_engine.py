@@ -19,6 +19,7 @@ from attention.scoring import Scoring
 from attention.tiled import Extent, seen_pairs
 
 PATTERNS = [(name, settings) for name, settings in each_sample() if name != "full"]
+CPU = torch.device("cpu")
 EXACT = {torch.float64: (1e-12, 1e-11), torch.float32: (5e-6, 1e-5)}
 
 
@@ -32,7 +33,7 @@ def make_bias(kind, heads=4, queries=150, keys=150, dtype=torch.float64):
 def compare(variant, tensors, mask, scoring):
     """Largest differences of output and gradients from attention written out."""
     out = variant(*tensors, mask, scoring)
-    expected = dense_attention(*tensors, seen_pairs(variant.pattern, mask), scoring)
+    expected = dense_attention(*tensors, seen_pairs(variant.pattern, mask, CPU), scoring)
     inputs = [*tensors, *([scoring.bias] if scoring.bias is not None else [])]
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
     ours, theirs = (torch.autograd.grad(result, inputs, grad) for result in (out, expected))
@@ -118,7 +119,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
 def test_dropout_drops_the_weights_it_says_and_the_same_ones_in_both_passes(name):
     tensors, mask = make_tensors(rows=1, queries=130, keys=130), make_mask(1, 130, 130, padding=False)
     variant, p = make(name, {"reach": 30} if name == "sliding_window" else {}), 0.25
-    weights = attention_weights(*tensors[:2], seen_pairs(variant.pattern, mask), Scoring(0.3))
+    weights = attention_weights(*tensors[:2], seen_pairs(variant.pattern, mask, CPU), Scoring(0.3))
     eye = torch.eye(130, dtype=torch.float64).expand(1, 2, 130, 130)  # of which the weights themselves come out
     torch.manual_seed(5)
     out = variant(*tensors[:2], eye, mask, Scoring(0.3, dropout=p))

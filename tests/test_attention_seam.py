@@ -224,6 +224,8 @@ def test_a_variant_at_a_place_where_it_has_no_meaning_is_refused():
         ("telepathy", "does not match any of the expected tags"),
         ({"variant": "sliding_window", "reach": 0}, "greater than or equal to 1"),
         ({"variant": "sliding_window", "width": 4}, "Extra inputs"),
+        ({"variant": "sliding_window", "reach": True}, "valid integer"),
+        ({"variant": "sliding_window", "global_tokens": [True]}, "valid integer"),
         ({"variant": "block_sparse", "window_blocks": 2}, "odd number"),
         ({"encoder": "blockwise"}, "no place"),
         ({"encoder.self[1-]": "blockwise"}, "no place"),

@@ -23,7 +23,7 @@ class Full(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
         """BHND of BHND, BKMD and BKMD; see ``attention.variant.Variant``."""
         if scoring.softcap is not None:  # which torch's kernel does not know
-            return dense_attention(query, key, value, mask.table(), scoring)
+            return dense_attention(query, key, value, mask.table(query.device), scoring)
         bias = scoring.bias
         out, _ = sdpa_attention_forward(
             self,
