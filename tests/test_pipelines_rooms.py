@@ -31,6 +31,10 @@ def test_imports_run_one_way(room):
     assert {(str(path), name) for path in found for name in imported(path) if name in above} == set()
 
 
+def test_attention_knows_nothing_of_tasks_and_data():
+    assert {name for path in files("attention") for name in imported(path)} & {"tasks", "sources"} == set()
+
+
 def test_every_package_is_listed_for_the_wheel():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent for room in ROOMS[1:] for path in files(room)}
