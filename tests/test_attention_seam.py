@@ -9,7 +9,8 @@ import pytest
 import torch
 from attention_samples import make_mask
 from pydantic import ValidationError
-from tiny_families import COMMON, SIZES, make_model, save_body
+from tiny_families import COMMON, SIZES, TEXTS, make_model, save_body
+from tiny_text import make_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from attention.options import Plan
 from attention.seam import CHILD, NAME, attend, describe, find_sites, install, mark, remove, stored_plan
 from heedful import UserError
 from training.models import load_model
+from training.warm_start import join_encoders
 
 WINDOW = {"variant": "sliding_window", "reach": 3}
 
@@ -261,3 +263,11 @@ def test_the_body_of_a_swapped_classifier_goes_under_another_head(tmp_path):
     save_body("bert", tmp_path / "plain")
     loaded = load_model(AutoModelForTokenClassification, str(tmp_path / "plain"), attention=plan(WINDOW))
     assert describe(loaded.model)[0].startswith("attention: encoder.self[0-1] sliding_window")
+
+
+def test_two_halves_with_a_plan_of_their_own_are_refused(saved):
+    """Each half would keep its variants, and the joined model's configuration not say so."""
+    folder, _, _ = saved
+    tokenizer = make_tokenizer("bert", TEXTS)
+    with pytest.raises(UserError, match="another attention"):
+        join_encoders(str(folder), tokenizer)

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from attention.seam import PLAN
 from heedful import UserError
 from training.models import Loaded, load_config, load_model, token_ids
 
@@ -30,6 +31,8 @@ def joined_config(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -
     half = load_config(name, **where)
     if half.is_encoder_decoder:
         raise UserError("an encoder-decoder already", where=name, fix="model.init=pretrained")
+    if hasattr(half, PLAN):  # it would be lost with the halves' configurations
+        raise UserError("a model with another attention", where=name, expected="full attention in both halves")
     ids = token_ids(half, tokenizer)
     if ids["bos_token_id"] is None or ids["eos_token_id"] is None:
         raise UserError("a tokenizer without a token to begin and one to end a text with", where=name)
