@@ -8,6 +8,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from attention import VARIANTS
 from attention.masks import LazyMask
 from attention.options import Plan
+from attention.seam import install
 from attention.variant import Site
 
 SAMPLES = {
@@ -27,6 +28,13 @@ NEUTRAL = {
     "strided": {"stride": 10_000},
 }
 """Settings in which a variant is full attention."""
+NARROW = {
+    "sliding_window": {"reach": 3},
+    "local_global": {"reach": 3},
+    "block_sparse": {"block_size": 4, "window_blocks": 1, "global_blocks": 1, "random_blocks": 1},
+    "strided": {"stride": 5},
+}
+"""Settings in which a text of some thirty tokens is not seen whole."""
 DECODERS = ("blockwise", "sliding_window", "local_global", "block_sparse", "strided")
 
 
@@ -38,7 +46,19 @@ def make(name, settings, *, layer=0, module=None, tiled=True):
     """A variant for a site; ``tiled`` keeps it from leaving short texts to torch's kernel."""
     options = Plan.model_validate({"variant": name, **settings}).at("encoder.self", layer)
     variant = VARIANTS[name].load()(options, Site("", "encoder.self", layer, module or torch.nn.Identity()))
-    if tiled and hasattr(variant, "pattern"):
+    return keep_tiled(variant) if tiled else variant
+
+
+def swap(model, plan, *, tiled=True):
+    """Put a plan into a model."""
+    install(model, Plan.model_validate(plan))
+    for module in model.modules() if tiled else ():
+        keep_tiled(module)
+
+
+def keep_tiled(variant):
+    """Keep a pattern from leaving short texts to torch's kernel."""
+    if hasattr(variant, "pattern"):
         variant.pattern = dataclasses.replace(variant.pattern, sdpa_below=0)
     return variant
 

@@ -1,27 +1,18 @@
 """What every variant owes the models it goes into, whatever it does inside."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
-from attention_samples import DECODERS, NEUTRAL, SAMPLES
+from attention_samples import DECODERS, NARROW, NEUTRAL, SAMPLES, swap
 from tiny_families import DECODERS as DECODER_FAMILIES
 from tiny_families import FAMILIES, SEQ2SEQ, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from attention import VARIANTS
-from attention.options import Plan
-from attention.seam import CHILD, find_sites, install
+from attention.seam import CHILD, find_sites
 
 SWAPPABLE = [family for family in (*FAMILIES, *DECODER_FAMILIES, *SEQ2SEQ) if family != "deberta-v2"]
-NARROW = {
-    "sliding_window": {"reach": 3},
-    "local_global": {"reach": 3},
-    "block_sparse": {"block_size": 4, "window_blocks": 1, "global_blocks": 1, "random_blocks": 1},
-    "strided": {"stride": 5},
-}
-"""Settings in which a text of some thirty tokens is not seen whole."""
 
 
 def auto_class(family):
@@ -32,12 +23,9 @@ def auto_class(family):
 
 
 def swapped(model, plan, *, tiled=True):
-    """A copy with the plan in it; ``tiled`` keeps short texts from torch's kernel."""
+    """A copy with the plan in it."""
     model = copy.deepcopy(model)
-    install(model, Plan.model_validate(plan))
-    for module in model.modules():
-        if tiled and hasattr(module, "pattern"):
-            module.pattern = dataclasses.replace(module.pattern, sdpa_below=0)
+    swap(model, plan, tiled=tiled)
     return model
 
 
