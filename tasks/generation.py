@@ -135,9 +135,9 @@ class Generation:
             check_length(model, {"model.max_length": self.max_length} | answer)
         if self.form == "chat":
             end_with(model, self.tokenizer, answer_end(self.tokenizer))
-        if self.packing and not keeps_apart(model):
+        if self.packing and not keeps_apart(model, self.max_length):
             raise UserError(
-                f"{type(model).__name__} lets packed texts see each other",
+                f"{type(model).__name__} answers otherwise where a text is packed behind another",
                 where="generation.packing",
                 fix="generation.packing=false",
             )

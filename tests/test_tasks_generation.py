@@ -1,12 +1,15 @@
 """Causal language modelling: every token learned once, from its own text alone, and only the answers of a prompt."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
 import torch
+from attention_samples import swap
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_families import DECODERS, TEXTS, make_decoder_tokenizer, make_model
+from tiny_families import DECODERS, TEXTS, make_decoder_tokenizer, make_model, make_task
 from tiny_text import make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -338,3 +341,15 @@ def test_a_checkpoints_own_habits_of_decoding_are_left(tokenizer):
 def test_a_chat_needs_a_template():
     with pytest.raises(UserError, match="chat template"):
         build(make_decoder_tokenizer(), table(messages=[CHAT]))
+
+
+def test_an_attention_that_goes_by_blocks_of_the_pack_is_refused():
+    """On a few tokens such a model answers alike; on a text of more than a block it does not."""
+    task, _, _ = make_task("generation", "llama", max_length=64)
+    model = make_model("llama", AutoModelForCausalLM)
+    swap(model, {"variant": "sliding_window", "reach": 3})
+    task.prepare_model(model)
+    swap(model, {"variant": "block_sparse", "block_size": 8, "window_blocks": 1, "random_blocks": 0})
+    with pytest.raises(UserError, match="packed behind another"):
+        task.prepare_model(model)
+    replace(task, options=GenerationOptions(packing=False)).prepare_model(model)
