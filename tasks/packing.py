@@ -49,9 +49,8 @@ def keeps_apart(model: nn.Module, max_length: int) -> bool:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    first, second = (torch.arange(max_length, device=device) % 7 + 2).split(
-        [max_length - max_length // 2, max_length // 2]
-    )
+    half = max_length // 2
+    first, second = torch.split(torch.arange(max_length, device=device) % 7 + 2, [max_length - half, half])
     positions = torch.cat([torch.arange(len(text), device=device) for text in (first, second)])
     packed = model(input_ids=torch.cat([first, second])[None], position_ids=positions[None], use_cache=False).logits
     alone = model(input_ids=second[None], use_cache=False).logits
