@@ -66,8 +66,9 @@ def attend(
     """
     if _calls is not None:
         _calls.append(module)
-    if refused := [name for name, why in REFUSED.items() if asked.get(name) not in (None, False)]:
-        raise ValueError(f"{refused[0]}: {REFUSED[refused[0]]}")
+    for name, why in REFUSED.items():
+        if asked.get(name) is not None and asked[name] is not False:
+            raise ValueError(f"{name}: {why}")
     scoring = Scoring(
         asked.get("scaling") or query.shape[-1] ** -0.5,
         asked.get("dropout", 0.0),

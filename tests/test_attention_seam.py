@@ -108,7 +108,7 @@ def test_a_padded_batch_keeps_its_mask(padded):
 def test_a_call_that_asks_for_more_than_a_variant_does_is_refused(name):
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=name):
-        attend(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(1)})
+        attend(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
 
 
 def test_maps_of_weights_are_refused_and_not_empty():
