@@ -25,7 +25,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from attention import VARIANTS
 from attention.bias import keep_as_table, keep_as_vector
 from attention.masks import LazyMask
-from attention.options import AnyOptions, FullOptions, Plan, Role
+from attention.options import EVERYWHERE, ROLES, AnyOptions, FullOptions, Plan, Role
 from attention.scoring import Scoring
 from attention.variant import Site, Variant
 from heedful import UserError
@@ -120,6 +120,13 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     sites = find_sites(model)
     _refuse_idle_places(plan, sites)
     chosen = [choose(plan, site) for site in sites]
+    if all(options.variant == "full" for options in chosen):
+        name = plan.root[EVERYWHERE].variant
+        raise UserError(
+            f"no place for {name} in this model: {', '.join(_summary(sites))}",
+            where="attention",
+            expected=f"a model with {' or '.join(VARIANTS[name].roles)}",
+        )
     for site, options in zip(sites, chosen, strict=True):
         site.module.add_module(CHILD, cast(nn.Module, VARIANTS[options.variant].load()(options, site)))
         keep_as_vector(site.module, cross=site.role == "cross")
@@ -183,7 +190,8 @@ def describe(model: PreTrainedModel) -> list[str]:
     if not hasattr(model.config, PLAN):
         return []
     plan, lines = Plan.model_validate(getattr(model.config, PLAN)), []
-    placed = [(site, choose(plan, site)) for site in find_sites(model)]
+    sites = sorted(find_sites(model), key=lambda site: ROLES.index(site.role))
+    placed = [(site, choose(plan, site)) for site in sites]
     for (role, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
         layers = [site.layer for site, _ in run]
         settings = [f"{k}={v}" for k, v in options.model_dump(mode="json").items() if k != "variant"]

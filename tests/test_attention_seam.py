@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     MPNetModel,
 )
 
+from attention import VARIANTS
 from attention.options import Plan
 from attention.seam import CHILD, NAME, attend, describe, find_sites, install, mark, remove, stored_plan
 from heedful import UserError
@@ -71,7 +73,7 @@ def test_both_halves_of_a_joined_model_are_sites():
     found = [str(site) for site in find_sites(model)]
     assert found == ["encoder.self[0]", "encoder.self[1]", "decoder.self[0]", "cross[0]", "decoder.self[1]", "cross[1]"]
     install(model, plan(WINDOW))
-    assert describe(model)[-1] == "attention: cross[1-1] full", "which has no neighbours"
+    assert describe(model)[-1] == "attention: cross[0-1] full", "which has no neighbours"
 
 
 def test_a_class_that_computes_attention_in_its_own_way_is_refused():
@@ -213,6 +215,12 @@ def test_a_plan_of_a_later_version_is_named(saved):
 def test_a_place_that_the_model_lacks_is_refused(values, message):
     with pytest.raises(UserError, match=message):
         install(make_model("bert", AutoModel), plan(values))
+
+
+def test_a_short_plan_that_would_change_nothing_is_refused(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "strided", replace(VARIANTS["strided"], roles=("cross",)))
+    with pytest.raises(UserError, match=r"no place for strided in this model: encoder.self\[0-1\]"):
+        install(make_model("bert", AutoModel), plan("strided"))
 
 
 def test_a_variant_at_a_place_where_it_has_no_meaning_is_refused():
