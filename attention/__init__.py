@@ -27,11 +27,17 @@ class VariantEntry:
         path: The function that makes it, ``(options, site) -> Variant``.
         roles: Sites that it is for.
         exact: Whether it gives what full attention gives.
+        bias: Whether it honours what a model adds to its scores, as T5 does.
+        softcap: Whether it honours a cap on the scores, as Gemma 2 has one.
+        rules: Whether it honours a mask of more than padding.
     """
 
     path: str
     roles: tuple[Role, ...] = ROLES
     exact: bool = False
+    bias: bool = True
+    softcap: bool = True
+    rules: bool = True
 
     def load(self) -> Callable[..., Variant]:
         """Import what makes the variant (and with it torch)."""

@@ -69,6 +69,11 @@ class LazyMask(BlockMask):
         """Whether no query sees a later key, as far as that is known without asking for each pair."""
         return self._rule is causal_mask_function
 
+    @property
+    def only_padding(self) -> bool:
+        """Whether every query sees the same keys: all but padding."""
+        return self._rule is bidirectional_mask_function
+
     def __repr__(self) -> str:
         return f"LazyMask(shape={self._size}, q_offset={self.q_offset}, kv_offset={self.kv_offset})"
 
@@ -112,7 +117,7 @@ class LazyMask(BlockMask):
         q_n1, k_1m = queries_n[:, None] + self.q_offset, keys_m[None, :] + self.kv_offset
         if self.causal and not below_diagonal:
             allowed = (k_1m <= q_n1)[None, None]
-        elif not self.causal and self._rule is not bidirectional_mask_function:
+        elif not self.causal and not self.only_padding:
             rows_B11 = torch.arange(self._size[0], device=keys_m.device)[:, None, None]
             answer = self._rule(rows_B11, torch.zeros_like(rows_B11), q_n1, k_1m)
             allowed = answer.expand(answer.shape[0] if answer.ndim == 3 else 1, len(queries_n), len(keys_m))[:, None]

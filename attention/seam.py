@@ -27,7 +27,7 @@ from attention.bias import keep_as_table, keep_as_vector
 from attention.masks import LazyMask
 from attention.options import EVERYWHERE, ROLES, AnyOptions, FullOptions, Plan, Role
 from attention.scoring import Scoring
-from attention.variant import Site, Variant
+from attention.variant import Call, Site, Variant
 from heedful import UserError
 
 NAME = "heedful"
@@ -45,9 +45,15 @@ REFUSED = {
     "output_attentions": "no variant makes a table of weights",
 }
 """Settings of a call that mean something, and that no variant honours."""
+DEMANDS = {
+    "bias": "adds a bias to its scores",
+    "softcap": "caps its scores",
+    "rules": "masks more than padding: a window, or what comes later",
+}
+"""What a site may ask for and some variants can not do, by the name of it in ``Call`` and in ``VariantEntry``."""
 ALTERNATIVES = "BERT, RoBERTa, ELECTRA, DistilBERT, ModernBERT, GPT-2, Llama, Mistral, Qwen, T5, BART and their kin"
 
-_calls: list[nn.Module] | None = None
+_calls: dict[nn.Module, Call] | None = None
 
 
 def attend(
@@ -64,8 +70,6 @@ def attend(
     Raises:
         ValueError: The call asks for what no variant does.
     """
-    if _calls is not None:
-        _calls.append(module)
     for name, why in REFUSED.items():
         if asked.get(name) is not None and asked[name] is not False:
             raise ValueError(f"{name}: {why}")
@@ -76,6 +80,8 @@ def attend(
         asked.get("softcap"),
     )
     mask = _lazy(attention_mask, module, query, key)
+    if _calls is not None:
+        _calls[module] = _call(query, key, mask, scoring)
     return _variant_of(module)(query, key, value, mask, scoring).transpose(1, 2).contiguous(), None
 
 
@@ -101,9 +107,9 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             config._attn_implementation_internal = name
     counts: dict[Role, int] = {}
     sites = []
-    for module in dict.fromkeys(calls):
+    for module, call in calls.items():
         role = _role(paths[module], module)
-        sites.append(Site(paths[module], role, counts.setdefault(role, 0), module))
+        sites.append(Site(paths[module], role, counts.setdefault(role, 0), module, call))
         counts[role] += 1
     return sites
 
@@ -120,15 +126,10 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     sites = find_sites(model)
     _refuse_idle_places(plan, sites)
     chosen = [choose(plan, site) for site in sites]
-    if all(options.variant == "full" for options in chosen):
-        name = plan.root[EVERYWHERE].variant
-        raise UserError(
-            f"no place for {name} in this model: {', '.join(_summary(sites))}",
-            where="attention",
-            expected=f"a model with {' or '.join(VARIANTS[name].roles)}",
-        )
-    for site, options in zip(sites, chosen, strict=True):
-        site.module.add_module(CHILD, cast(nn.Module, VARIANTS[options.variant].load()(options, site)))
+    _refuse_beyond(plan, sites, chosen)
+    made = [VARIANTS[options.variant].load()(options, site) for site, options in zip(sites, chosen, strict=True)]
+    for site, variant in zip(sites, made, strict=True):
+        site.module.add_module(CHILD, cast(nn.Module, variant).to(model.device, model.dtype))
         keep_as_vector(site.module, cross=site.role == "cross")
     _go_through(model, NAME)
     setattr(model.config, PLAN, plan.model_dump(mode="json"))
@@ -219,10 +220,10 @@ def choose(plan: Plan, site: Site) -> AnyOptions:
 
 
 @contextmanager
-def recorded() -> Iterator[list[nn.Module]]:
-    """Within, the attention modules that are called, in order."""
+def recorded() -> Iterator[dict[nn.Module, Call]]:
+    """Within, the attention modules that are called, in order, and how."""
     global _calls
-    before, _calls = _calls, []
+    before, _calls = _calls, {}
     try:
         yield _calls
     finally:
@@ -249,7 +250,17 @@ def _variant_of(module: nn.Module) -> Variant:
         raise ValueError(
             f"{type(module).__name__} has no attention variant: open the model with heedful, which puts it in"
         )
-    return VARIANTS["full"].load()(FullOptions(), Site("", "encoder.self", 0, module))  # the run that finds the sites
+    nothing = Call(0, 0, 0)  # in the run that finds the sites
+    return VARIANTS["full"].load()(FullOptions(), Site("", "encoder.self", 0, module, nothing))
+
+
+def _call(query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Call:
+    return Call(
+        *(query.shape[1], key.shape[1], query.shape[-1]),
+        bias=scoring.bias is not None and bool(scoring.bias.any()),  # T5's cross-attention adds zeros
+        softcap=scoring.softcap is not None,
+        rules=not mask.only_padding,
+    )
 
 
 def _lazy(mask: LazyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor) -> LazyMask:
@@ -308,6 +319,27 @@ def _refuse_idle_places(plan: Plan, sites: Sequence[Site]) -> None:
             f"no such place in this model: {', '.join(idle)}",
             where="attention",
             expected=f"among {', '.join(_summary(sites))}",
+        )
+
+
+def _refuse_beyond(plan: Plan, sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
+    """What a variant can not honour is known before it goes in."""
+    for site, options in zip(sites, chosen, strict=True):
+        for name, what in DEMANDS.items():
+            if getattr(site.call, name) and not getattr(VARIANTS[options.variant], name):
+                able = [other for other, e in VARIANTS.items() if getattr(e, name) and site.role in e.roles]
+                raise UserError(
+                    f"{options.variant} at {site}, which {what}",
+                    where="attention",
+                    expected=f"one of: {', '.join(able)}",
+                    fix="or name the places where it is to go, by role and layer",
+                )
+    if plan.is_short and all(options.variant == "full" for options in chosen):
+        (options,) = plan.root.values()
+        raise UserError(
+            f"{options.variant} for a model that has no place for it",
+            where="attention",
+            expected=f"it at {', '.join(VARIANTS[options.variant].roles)}, and of {', '.join(_summary(sites))}",
         )
 
 

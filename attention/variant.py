@@ -19,6 +19,27 @@ from attention.scoring import Scoring
 
 
 @dataclass(frozen=True)
+class Call:
+    """What an attention module asks for, seen in the run that finds it.
+
+    Args:
+        heads: H.
+        key_heads: K.
+        width: D.
+        bias: Whether something is added to its scores.
+        softcap: Whether they are capped.
+        rules: Whether more than padding is masked.
+    """
+
+    heads: int
+    key_heads: int
+    width: int
+    bias: bool = False
+    softcap: bool = False
+    rules: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention module of a model.
 
@@ -27,12 +48,14 @@ class Site:
         role: What looks at what.
         layer: Number among the model's sites of this role, in the order in which they run.
         module: The attention module itself.
+        call: What it asks for.
     """
 
     path: str
     role: Role
     layer: int
     module: nn.Module
+    call: Call
 
     def __str__(self) -> str:
         return f"{self.role}[{self.layer}]"

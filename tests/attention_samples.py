@@ -9,7 +9,7 @@ from attention import VARIANTS
 from attention.masks import LazyMask
 from attention.options import Plan
 from attention.seam import install
-from attention.variant import Site
+from attention.variant import Call, Site
 
 SAMPLES = {
     "full": [{}],
@@ -45,7 +45,8 @@ def each_sample():
 def make(name, settings, *, layer=0, module=None, tiled=True):
     """A variant for a site; ``tiled`` keeps it from leaving short texts to torch's kernel."""
     options = Plan.model_validate({"variant": name, **settings}).at("encoder.self", layer)
-    variant = VARIANTS[name].load()(options, Site("", "encoder.self", layer, module or torch.nn.Identity()))
+    site = Site("", "encoder.self", layer, module or torch.nn.Identity(), Call(4, 2, 8))
+    variant = VARIANTS[name].load()(options, site)
     return keep_tiled(variant) if tiled else variant
 
 

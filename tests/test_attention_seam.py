@@ -25,6 +25,7 @@ from transformers import (
 from attention import VARIANTS
 from attention.options import Plan
 from attention.seam import CHILD, NAME, attend, describe, find_sites, install, mark, remove, stored_plan
+from attention.variant import Call
 from heedful import UserError
 from training.models import load_model
 from training.warm_start import join_encoders
@@ -64,6 +65,20 @@ def test_sites_are_found_by_what_runs(family, sites):
     before = model.config._attn_implementation
     assert [str(site) for site in find_sites(model)] == sites.split()
     assert model.config._attn_implementation == before, "it was only looked at"
+
+
+@pytest.mark.parametrize(
+    ("family", "calls"),
+    [
+        ("bert", [Call(2, 2, 8), Call(2, 2, 8)]),
+        ("modernbert", [Call(2, 2, 8), Call(2, 2, 8, rules=True)]),
+        ("gemma2", [Call(2, 1, 8, softcap=True, rules=True)] * 2),
+        ("t5", [Call(2, 2, 8, bias=True), Call(2, 2, 8, bias=True, rules=True), Call(2, 2, 8)]),
+    ],
+)
+def test_what_a_site_asks_for_is_seen(family, calls):
+    """T5's cross-attention adds a table of zeros, and asks for nothing."""
+    assert [site.call for site in find_sites(make_model(family, AutoModel))] == calls
 
 
 def test_both_halves_of_a_joined_model_are_sites():
