@@ -52,5 +52,9 @@ VARIANTS: dict[str, VariantEntry] = {
     "local_global": VariantEntry("attention.variants.local_global:make", AROUND),
     "block_sparse": VariantEntry("attention.variants.block_sparse:make", AROUND),
     "strided": VariantEntry("attention.variants.strided:make", AROUND),
+    "linformer": VariantEntry(
+        "attention.variants.linformer:make", ("encoder.self",), bias=False, softcap=False, rules=False
+    ),
+    "additive": VariantEntry("attention.variants.additive:make", bias=False, softcap=False),
 }
 """Settings of each are in ``attention.options``."""

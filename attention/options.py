@@ -77,8 +77,29 @@ class StridedOptions(VariantOptions):
     stride: int = Field(default=64, ge=2)
 
 
+class LinformerOptions(VariantOptions):
+    """Keys and values are projected along the text to a number of slots that does not grow with it."""
+
+    variant: Literal["linformer"]
+    k: int = Field(default=128, ge=1)
+    """Slots; as many as the model has positions, and it is full attention."""
+
+
+class AdditiveOptions(VariantOptions):
+    """A small network scores each pair, in place of a product."""
+
+    variant: Literal["additive"]
+
+
 AnyOptions = (
-    FullOptions | BlockwiseOptions | SlidingWindowOptions | LocalGlobalOptions | BlockSparseOptions | StridedOptions
+    FullOptions
+    | BlockwiseOptions
+    | SlidingWindowOptions
+    | LocalGlobalOptions
+    | BlockSparseOptions
+    | StridedOptions
+    | LinformerOptions
+    | AdditiveOptions
 )
 
 

@@ -23,6 +23,11 @@ def attention_weights(query: Tensor, key: Tensor, allowed: Tensor | None, scorin
         scores = cap * torch.tanh(scores / cap)
     if scoring.bias is not None:
         scores = scores + dense_bias(scoring.bias, query.shape[2], key.shape[2])
+    return masked_softmax(scores, allowed)
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Over the allowed keys, BHNM; zeros where a query sees nothing. None is all."""
     if allowed is None:
         return scores.softmax(-1)
     blind = ~allowed.any(-1, keepdim=True)  # a softmax over nothing is NaN, and so is its gradient

@@ -25,3 +25,13 @@ class Scoring:
     dropout: float = 0.0
     bias: Tensor | None = None
     softcap: float | None = None
+
+    def require_plain(self, name: str) -> None:
+        """For a variant whose scores nothing may be done to; installed in a model, it is refused before it is called.
+
+        Raises:
+            ValueError: There is a bias or a soft cap.
+        """
+        for what, given in {"a bias": self.bias, "a soft cap": self.softcap}.items():
+            if given is not None:
+                raise ValueError(f"{name} with {what}, which it does not honour")

@@ -1,6 +1,7 @@
 """Settings of every variant to try it with, and what the tests make of them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -8,7 +9,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from attention import VARIANTS
 from attention.masks import LazyMask
 from attention.options import Plan
-from attention.seam import install
+from attention.seam import find_sites, install
 from attention.variant import Call, Site
 
 SAMPLES = {
@@ -18,6 +19,8 @@ SAMPLES = {
     "local_global": [{"reach": 9}],
     "block_sparse": [{"block_size": 8}, {"block_size": 16, "window_blocks": 1, "global_blocks": 0, "random_blocks": 2}],
     "strided": [{"stride": 16}, {"stride": 70}],
+    "linformer": [{"k": 16}, {"k": 100}],
+    "additive": [{}],
 }
 NEUTRAL = {
     "full": {},
@@ -26,6 +29,7 @@ NEUTRAL = {
     "local_global": {"reach": 10_000},
     "block_sparse": {"window_blocks": 999},
     "strided": {"stride": 10_000},
+    "linformer": {"k": 10_000},
 }
 """Settings in which a variant is full attention."""
 NARROW = {
@@ -35,26 +39,38 @@ NARROW = {
     "strided": {"stride": 5},
 }
 """Settings in which a text of some thirty tokens is not seen whole."""
-DECODERS = ("blockwise", "sliding_window", "local_global", "block_sparse", "strided")
+NEVER_NEUTRAL = ("additive",)
+NO_PATTERN = ("full", "linformer", "additive")
+"""Those that are no pattern over the engine."""
+DECODERS = ("blockwise", "sliding_window", "local_global", "block_sparse", "strided", "additive")
+REFUSED = {
+    "linformer": ("modernbert", "llama", "gpt2", "mistral", "gemma2", "qwen3", "t5", "mt5"),
+    "additive": ("gemma2", "t5", "mt5"),
+}
+"""Families that ask for what a variant can not do."""
 
 
 def each_sample():
     return [(name, settings) for name, samples in SAMPLES.items() for settings in samples]
 
 
-def make(name, settings, *, layer=0, module=None, tiled=True):
-    """A variant for a site; ``tiled`` keeps it from leaving short texts to torch's kernel."""
+def make(name, settings, *, layer=0, positions=4096, tiled=True):
+    """A variant for a site of ``make_tensors``; ``tiled`` keeps it from leaving short texts to torch's kernel."""
     options = Plan.model_validate({"variant": name, **settings}).at("encoder.self", layer)
-    site = Site("", "encoder.self", layer, module or torch.nn.Identity(), Call(4, 2, 8))
-    variant = VARIANTS[name].load()(options, site)
+    module = torch.nn.Identity()
+    module.config = SimpleNamespace(max_position_embeddings=positions)
+    variant = VARIANTS[name].load()(options, Site("", "encoder.self", layer, module, Call(4, 2, 8)))
     return keep_tiled(variant) if tiled else variant
 
 
-def swap(model, plan, *, tiled=True):
-    """Put a plan into a model."""
+def swap(model, plan, *, tiled=True, trained=False):
+    """Put a plan into a model; ``trained`` moves what it learns away from where it begins."""
     install(model, Plan.model_validate(plan))
-    for module in model.modules() if tiled else ():
-        keep_tiled(module)
+    for module in [site.module.attention_variant for site in find_sites(model)]:
+        if trained:
+            stir(module)
+        if tiled:
+            keep_tiled(module)
 
 
 def keep_tiled(variant):
@@ -62,6 +78,15 @@ def keep_tiled(variant):
     if hasattr(variant, "pattern"):
         variant.pattern = dataclasses.replace(variant.pattern, sdpa_below=0)
     return variant
+
+
+def stir(module):
+    """Move what variants have learned away from where it begins; the same in each call."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _, parameter in sorted(module.named_parameters()):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return module
 
 
 def make_tensors(rows=2, heads=4, groups=2, queries=150, keys=150, width=8, *, dtype=torch.float64, seed=0):

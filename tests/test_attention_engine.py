@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_samples import each_sample, make, make_mask, make_tensors
+from attention_samples import NO_PATTERN, each_sample, make, make_mask, make_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -18,7 +18,7 @@ from attention.reference import attention_weights, dense_attention
 from attention.scoring import Scoring
 from attention.tiled import Extent, seen_pairs
 
-PATTERNS = [(name, settings) for name, settings in each_sample() if name != "full"]
+PATTERNS = [(name, settings) for name, settings in each_sample() if name not in NO_PATTERN]
 CPU = torch.device("cpu")
 EXACT = {torch.float64: (1e-12, 1e-11), torch.float32: (5e-6, 1e-5)}
 

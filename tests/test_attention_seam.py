@@ -81,6 +81,34 @@ def test_what_a_site_asks_for_is_seen(family, calls):
     assert [site.call for site in find_sites(make_model(family, AutoModel))] == calls
 
 
+@pytest.mark.parametrize(
+    ("family", "values", "message", "expected"),
+    [
+        ("modernbert", "linformer", "encoder.self[1], which masks more than padding", "one of: full, blockwise"),
+        ("t5", "additive", "encoder.self[0], which adds a bias to its scores", "one of: full, blockwise"),
+        ("gemma2", "additive", "decoder.self[0], which caps its scores", "one of: full, blockwise"),
+        ("llama", "linformer", "no place for it", "it at encoder.self, and of decoder.self[0-1]"),
+    ],
+)
+def test_a_variant_that_can_not_do_what_a_site_asks_for_is_refused_before_it_goes_in(family, values, message, expected):
+    model = make_model(family, AutoModel)
+    with pytest.raises(UserError) as refusal:
+        install(model, plan(values))
+    assert message in refusal.value.found
+    assert expected in refusal.value.expected
+    assert stored_plan(model) is None
+    assert not any(hasattr(module, CHILD) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "values"), [("modernbert", {"encoder.self[0]": "linformer"}), ("t5", {"cross": "additive"})]
+)
+def test_it_goes_to_the_sites_that_ask_for_less(family, values):
+    model = make_model(family, AutoModel)
+    install(model, plan(values))
+    assert any(values[next(iter(values))] in line for line in describe(model))
+
+
 def test_both_halves_of_a_joined_model_are_sites():
     encoder = make_model("bert", AutoModel)
     decoder = make_model("bert", AutoModelForCausalLM, is_decoder=True, add_cross_attention=True)

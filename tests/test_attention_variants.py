@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
-from attention_samples import DECODERS, NARROW, NEUTRAL, SAMPLES, swap
+from attention_samples import DECODERS, NARROW, NEUTRAL, NEVER_NEUTRAL, REFUSED, SAMPLES, swap
 from tiny_families import DECODERS as DECODER_FAMILIES
 from tiny_families import FAMILIES, SEQ2SEQ, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from attention import VARIANTS
 from attention.seam import CHILD, find_sites
+from heedful import UserError
 
 SWAPPABLE = [family for family in (*FAMILIES, *DECODER_FAMILIES, *SEQ2SEQ) if family != "deberta-v2"]
+CHANGING = {**NARROW, "linformer": {"k": 8}, "additive": {}}
+"""And all others that are not full attention."""
 
 
 def auto_class(family):
@@ -22,10 +25,15 @@ def auto_class(family):
     }.get(family, AutoModel)
 
 
-def swapped(model, plan, *, tiled=True):
+def takers(families, names):
+    """Each of the families with each of the variants that goes into it."""
+    return [(family, name) for family in families for name in names if family not in REFUSED.get(name, ())]
+
+
+def swapped(model, plan, *, tiled=True, trained=False):
     """A copy with the plan in it."""
     model = copy.deepcopy(model)
-    swap(model, plan, tiled=tiled)
+    swap(model, plan, tiled=tiled, trained=trained)
     return model
 
 
@@ -48,7 +56,7 @@ def answers(model, inputs):
 
 
 def test_every_variant_has_samples():
-    assert set(SAMPLES) == set(NEUTRAL) == set(VARIANTS)
+    assert set(SAMPLES) == set(VARIANTS) == {*NEUTRAL, *NEVER_NEUTRAL}
 
 
 @pytest.mark.parametrize("family", SWAPPABLE)
@@ -56,6 +64,8 @@ def test_in_its_neutral_setting_a_variant_is_full_attention(family):
     model, inputs = make_model(family, auto_class(family), attention_dropout=0.0), make_inputs(family)
     expected = answers(model, inputs)
     for name, settings in NEUTRAL.items():
+        if family in REFUSED.get(name, ()):
+            continue
         for tiled in (True, False):
             ours = answers(swapped(model, {"variant": name, **settings}, tiled=tiled), inputs)
             assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-5, (name, tiled)
@@ -72,22 +82,32 @@ def test_variants_are_mixed_by_role_and_layer(family):
     torch.testing.assert_close(answers(mixed, inputs), answers(model, inputs), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "settings"), NARROW.items())
-@pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "mistral", "gemma2", "t5"])
-def test_a_padded_row_answers_as_it_does_alone(family, name, settings):
+@pytest.mark.parametrize(("family", "name"), [(f, name) for name, families in REFUSED.items() for f in families])
+def test_a_family_that_asks_for_more_than_a_variant_can_do_is_refused(family, name):
+    model, inputs = make_model(family, auto_class(family)), make_inputs(family)
+    expected = answers(model, inputs)
+    with pytest.raises(UserError, match=name):
+        install(model, Plan.model_validate(name))
+    assert torch.equal(answers(model, inputs), expected), "and nothing went in"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), takers(["bert", "modernbert", "llama", "mistral", "gemma2", "t5", "bart"], CHANGING)
+)
+def test_a_padded_row_answers_as_it_does_alone(family, name):
     """And so the pattern is of the row, not of the batch."""
-    model = swapped(make_model(family, auto_class(family)), {"variant": name, **settings})
+    model = swapped(make_model(family, auto_class(family)), {"variant": name, **CHANGING[name]}, trained=True)
     inputs = make_inputs(family)
     together = answers(model, inputs)
     alone = {key: value[:1, : 20 if key != "decoder_input_ids" else None] for key, value in inputs.items()}
-    together = together[:1] if family == "t5" else together[:20]
+    together = together[:1] if family in SEQ2SEQ else together[:20]
     torch.testing.assert_close(together.view(-1), answers(model, alone).view(-1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "settings"), {**NARROW, "blockwise": {}}.items())
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
-def test_a_causal_model_is_blind_to_the_future(family, name, settings):
-    model = swapped(make_model(family, AutoModelForCausalLM), {"variant": name, **settings})
+@pytest.mark.parametrize(("family", "name"), takers(["llama", "gpt2", "mistral", "gemma2"], DECODERS))
+def test_a_causal_model_is_blind_to_the_future(family, name):
+    plan = {"variant": name, **CHANGING.get(name, {})}
+    model = swapped(make_model(family, AutoModelForCausalLM), plan, trained=True)
     inputs = make_inputs(family)
     changed = inputs["input_ids"].clone()
     changed[:, 15:] = 7
@@ -112,10 +132,9 @@ def test_what_no_pattern_reaches_changes_nothing(name, settings):
             assert torch.equal(moved, seen[:, key]), key
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "t5", "bart"])
+@pytest.mark.parametrize(("family", "name"), takers(["llama", "gpt2", "mistral", "gemma2", "t5", "bart"], DECODERS))
 def test_decoding_with_a_cache_gives_what_decoding_without_gives(family, name):
-    model = swapped(make_model(family, auto_class(family)), {"variant": name, **NARROW.get(name, {})})
+    model = swapped(make_model(family, auto_class(family)), {"variant": name, **NARROW.get(name, {})}, trained=True)
     inputs = make_inputs(family, left=family not in SEQ2SEQ)
     inputs.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
@@ -133,15 +152,15 @@ def test_decoding_with_a_cache_gives_what_decoding_without_gives(family, name):
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_static_cache_gives_the_same_tokens(name):
     """generate makes the masks of such a cache early and hands them in again; see ``LazyMask``."""
-    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})})
+    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})}, trained=True)
     inputs, settings = make_inputs("llama", left=True), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     static = model.generate(**inputs, **settings, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, model.generate(**inputs, **settings))
 
 
-@pytest.mark.parametrize("name", ["blockwise", "sliding_window"])
+@pytest.mark.parametrize("name", ["blockwise", "sliding_window", "additive"])
 def test_packed_texts_do_not_see_each_other(name):
-    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})})
+    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})}, trained=True)
     ids = make_inputs("llama")["input_ids"][1:]
     positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
     with torch.no_grad():
@@ -150,10 +169,12 @@ def test_packed_texts_do_not_see_each_other(name):
     torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["blockwise", "strided"])
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize(
+    ("family", "name"), takers(["bert", "llama", "t5"], ["blockwise", "strided", "linformer", "additive"])
+)
 def test_recomputing_activations_repeats_the_dropout(family, name):
-    model = swapped(make_model(family, auto_class(family)), {"variant": name, **NARROW.get(name, {})}).train()
+    plan = {"variant": name, **CHANGING.get(name, {})}
+    model = swapped(make_model(family, auto_class(family), attention_dropout=0.1), plan, trained=True).train()
     inputs, gradients = make_inputs(family), []
     for recomputing in (False, True):
         if recomputing:

@@ -8,12 +8,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_families import FAMILIES, make_config, make_decoder_tokenizer, make_task, save_body
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert import BertModel
 
+from attention.options import Plan
+from attention.seam import variant_parameters
 from heedful import UserError
 from training.batches import examples
 from training.export import _answers, export
@@ -207,6 +210,31 @@ def test_named_modules_are_taken_and_unknown_ones_refused(bodies):
         with pytest.raises(UserError, match="BertForSequenceClassification has no module 'q_proj'") as caught:
             add_lora(load().model, loaded.new, r=2, target_modules=targets)
         assert caught.value.expected == "such as dense, key, query, value"
+
+
+@pytest.mark.parametrize(
+    ("values", "learned"), [({"variant": "linformer", "k": 8}, "EF"), ({"variant": "additive"}, "WUv")]
+)
+def test_what_an_attention_variant_learns_is_trained_and_saved_with_the_adapter(values, learned, bodies, tmp_path):
+    task, _, features = make_task("classification")
+    base = {"name": bodies["bert"], "attention": Plan.model_validate(values)}
+    loaded = load_model(task.auto_class, **base, **task.model_kwargs())
+    brought = set(variant_parameters(loaded.model))
+    layers = [f"bert.encoder.layer.{i}.attention.self.attention_variant" for i in range(2)]
+    assert brought == {f"{layer}.{name}" for layer in layers for name in learned}
+    assert brought < set(loaded.new)
+    model = add_lora(loaded.model, loaded.new, r=2)
+    before = snapshot(model)
+    train(model, task, features, steps=3)
+    assert trained_in_full(changed(before, model)) == set(loaded.new)
+    differences = export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
+    assert max(differences.values()) < 1e-5
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {name for name in brought if f"base_model.model.{name}" in stored} == brought
+    merged = load_model(task.auto_class, str(tmp_path / "model"), **task.model_kwargs())
+    assert merged.new == ()
+    for name in brought:
+        assert torch.equal(merged.model.get_parameter(name), stored[f"base_model.model.{name}"])
 
 
 def test_a_model_without_blocks_is_refused():
