@@ -1,4 +1,4 @@
-"""Variants with parameters of their own: held to their formulas written out."""
+"""Variants with parameters of their own: held to their formulas written out, saved, and adapted."""
 
 import itertools
 
@@ -10,16 +10,22 @@ from hypothesis import strategies as st
 from tiny_families import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from attention.masks import LazyMask
 from attention.options import Plan
 from attention.reference import dense_attention
 from attention.scoring import Scoring
-from attention.seam import CHILD, install
+from attention.seam import CHILD, find_sites, install, mark, variant_parameters
 from attention.variants import additive, linformer
 from attention.variants.linformer import homes
 from heedful import UserError
+from training.models import load_model
 
 POSITIONS = 160
 PLANS = {"linformer": {"variant": "linformer", "k": 8}, "additive": {"variant": "additive"}}
@@ -254,3 +260,48 @@ def test_a_variant_that_can_not_be_made_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(IndexError):
         install(model, Plan.model_validate({"encoder.self[0]": "blockwise", "encoder.self[1]": "linformer"}))
     assert not any(hasattr(module, CHILD) for module in model.modules())
+
+
+SAVED = {
+    "linformer": ("bert", PLANS["linformer"]),
+    "additive": ("bert", PLANS["additive"]),
+    "both": ("bart", {"encoder.self": PLANS["linformer"], "decoder.self": "additive", "cross": "additive"}),
+}
+
+
+def learned(model):
+    return {name: model.get_parameter(name) for name in variant_parameters(model)}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_what_variants_have_learned_is_opened_again(case, tmp_path):
+    family, values = SAVED[case]
+    kind = AutoModelForSequenceClassification if family == "bert" else AutoModelForSeq2SeqLM
+    model, plan, ids = make_model(family, kind), Plan.model_validate(values), torch.arange(5, 29)[None]
+    install(model, plan)
+    begun = {name: parameter.clone() for name, parameter in learned(model).items()}
+    for site in find_sites(model):
+        stir(getattr(site.module, CHILD))
+    expected = model(input_ids=ids).logits.detach()
+    model.save_pretrained(tmp_path)
+    mark(tmp_path)
+    for named in (None, plan):  # a configuration that names the plan again must not lose what was learned under it
+        loaded = load_model(kind, str(tmp_path), attention=named)
+        assert loaded.new == loaded.unused == ()
+        torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected, rtol=0, atol=1e-8)
+        assert learned(loaded.model).keys() == begun.keys()
+        assert all(torch.equal(p, model.get_parameter(name)) for name, p in learned(loaded.model).items())
+    for other in (AutoModelForTokenClassification, AutoModel) if family == "bert" else (AutoModel,):
+        body = load_model(other, str(tmp_path))
+        assert not set(body.new) & set(variant_parameters(body.model))
+        assert all(
+            torch.equal(a, b) for a, b in zip(learned(body.model).values(), learned(model).values(), strict=True)
+        )
+    fewer = load_model(kind, str(tmp_path), attention=Plan.model_validate({"encoder.self[0]": values_of(values)}))
+    assert set(fewer.new) == set(variant_parameters(fewer.model)), "another plan starts anew"
+    for name, parameter in learned(fewer.model).items():
+        assert torch.equal(parameter, begun[name])
+
+
+def values_of(plan):
+    return plan.get("encoder.self", plan)

@@ -101,6 +101,18 @@ def test_a_run_with_another_attention(project, cli_run, lora):
     assert "no effect on a model that is trained" in log
 
 
+def test_what_an_attention_learns_is_kept_from_run_to_run(project, cli_run):
+    slots, brought = ("attention=linformer", "attention.k=8"), "attention.self.attention_variant.E"
+    code, _, log = cli_run("finetune", "run.yaml", *slots)
+    assert code == 0, log
+    assert brought in log.split("new, not in the checkpoint")[1]
+    code, _, log = cli_run("predict", "runs/run", "the cat sat")
+    assert code == 0, log
+    code, _, log = cli_run("finetune", "run.yaml", *slots, "model.name=runs/run/model", "output_dir=runs/on")
+    assert code == 0, log
+    assert brought not in log, "it is in the checkpoint"
+
+
 def test_an_attention_that_the_model_can_not_take_is_refused_before_anything_is_written(project, cli_run):
     code, _, log = cli_run("finetune", "run.yaml", "attention={cross: blockwise}")
     assert code == 2

@@ -115,7 +115,7 @@ def load_model(
     Args:
         new_head: Start the rows of the head's labels anew, whatever head the checkpoint has, instead of refusing one.
         tokenizer: Another one than the model's own: the embeddings grow to its size and count as new.
-        attention: Another plan than the checkpoint's own, which most have none of.
+        attention: Another plan than the checkpoint's own, which most have none of: its variants start anew.
         kwargs: The task's: ``num_labels``, ``id2label``, ...
 
     Raises:
@@ -153,7 +153,7 @@ def load_model(
     new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
     loaded = Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
     stored = stored_plan(model)
-    if attention is not None or stored is None:
+    if stored is None or attention not in (None, stored):
         return swap_attention(loaded, attention)
     loaded = swap_attention(loaded, stored)
     return _restore_variants(loaded, partial(_read_tensors, name, revision=revision))
