@@ -25,7 +25,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from attention import VARIANTS
 from attention.bias import keep_as_table, keep_as_vector
 from attention.masks import LazyMask
-from attention.options import EVERYWHERE, ROLES, AnyOptions, FullOptions, Plan, Role
+from attention.options import ROLES, AnyOptions, FullOptions, Plan, Role
 from attention.scoring import Scoring
 from attention.variant import Call, Site, Variant
 from heedful import UserError

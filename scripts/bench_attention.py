@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -28,10 +29,10 @@ from attention import VARIANTS
 from attention.masks import LazyMask
 from attention.options import Plan
 from attention.scoring import Scoring
-from attention.variant import Site
+from attention.variant import Call, Site
 from scripts.bench_peer import PACKAGES, _cpu, _table
 
-HEADS, WIDTH, DROPOUT = 4, 64, 0.1
+HEADS, WIDTH, DROPOUT, LONGEST = 4, 64, 0.1, 2**14
 SETTINGS: dict[str, dict[str, Any]] = {
     "sliding_window": {"reach": 256},
     "local_global": {"reach": 256},
@@ -47,7 +48,9 @@ def attend_by(name: str, dropout: float) -> Attend:
     if name == KERNEL:
         return lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     options = Plan.model_validate({"variant": name, **SETTINGS.get(name, {})}).at("encoder.self", 0)
-    variant = VARIANTS[name].load()(options, Site("", "encoder.self", 0, torch.nn.Identity()))
+    module: Any = torch.nn.Identity()
+    module.config = SimpleNamespace(max_position_embeddings=LONGEST)
+    variant = VARIANTS[name].load()(options, Site("", "encoder.self", 0, module, Call(HEADS, HEADS, WIDTH)))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]

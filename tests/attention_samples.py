@@ -9,7 +9,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from attention import VARIANTS
 from attention.masks import LazyMask
 from attention.options import Plan
-from attention.seam import find_sites, install
+from attention.seam import CHILD, install
 from attention.variant import Call, Site
 
 SAMPLES = {
@@ -66,7 +66,7 @@ def make(name, settings, *, layer=0, positions=4096, tiled=True):
 def swap(model, plan, *, tiled=True, trained=False):
     """Put a plan into a model; ``trained`` moves what it learns away from where it begins."""
     install(model, Plan.model_validate(plan))
-    for module in [site.module.attention_variant for site in find_sites(model)]:
+    for module in [module.attention_variant for module in model.modules() if hasattr(module, CHILD)]:
         if trained:
             stir(module)
         if tiled:

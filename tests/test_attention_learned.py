@@ -76,7 +76,9 @@ def test_linformer_is_its_formula(k, padding):
 def test_linformer_begins_as_full_attention_over_what_its_slots_can_hold(k, length):
     tensors, mask = make_tensors(queries=length, keys=length), make_mask(queries=length, keys=length)
     out = make("linformer", {"k": k}, positions=POSITIONS).double()(*tensors, mask, Scoring(0.3))
-    torch.testing.assert_close(out, dense_attention(*tensors, mask.table(), Scoring(0.3)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        out, dense_attention(*tensors, mask.table(torch.device("cpu")), Scoring(0.3)), rtol=0, atol=1e-12
+    )
 
 
 def test_linformer_begins_as_full_attention_over_keys_that_are_alike_within_a_slot():
@@ -84,7 +86,7 @@ def test_linformer_begins_as_full_attention_over_keys_that_are_alike_within_a_sl
     query, key, value = make_tensors()
     key, value = (x[:, :, variant.home_L[:150]] for x in (key, value))
     out = variant(query, key, value, mask, Scoring(0.3))
-    expected = dense_attention(query, key, value, mask.table(), Scoring(0.3))
+    expected = dense_attention(query, key, value, mask.table(torch.device("cpu")), Scoring(0.3))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
@@ -143,7 +145,7 @@ def test_additive_is_its_formula(block, monkeypatch):
         tensors, mask = make_tensors(queries=30, keys=keys), make_mask(queries=30, keys=keys, causal=causal)
 
         def dense(query, key, value, mask=mask):
-            out, allowed = [], mask.table()
+            out, allowed = [], mask.table(torch.device("cpu"))
             for row, head in itertools.product(range(2), range(4)):
                 net = variant.W[head], variant.U[head // 2], variant.v[head]
                 scores = additive_of_one_head(*net, query[row, head], key[row, head // 2])
@@ -158,7 +160,7 @@ def test_additive_is_its_formula(block, monkeypatch):
 def test_additive_begins_as_the_mean_of_what_is_seen():
     (query, key, value), mask = make_tensors(queries=30, keys=40), make_mask(queries=30, keys=40, causal=True)
     out = make("additive", {}).double()(query, key, value, mask, Scoring(0.3))
-    even = dense_attention(query * 0, key, value, mask.table(), Scoring(0.3))
+    even = dense_attention(query * 0, key, value, mask.table(torch.device("cpu")), Scoring(0.3))
     torch.testing.assert_close(out, even, rtol=0, atol=1e-12)
 
 

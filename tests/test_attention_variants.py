@@ -87,7 +87,7 @@ def test_a_family_that_asks_for_more_than_a_variant_can_do_is_refused(family, na
     model, inputs = make_model(family, auto_class(family)), make_inputs(family)
     expected = answers(model, inputs)
     with pytest.raises(UserError, match=name):
-        install(model, Plan.model_validate(name))
+        swap(model, name)
     assert torch.equal(answers(model, inputs), expected), "and nothing went in"
 
 
