@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +26,9 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from attention import VARIANTS
 from attention.bias import keep_as_table, keep_as_vector
 from attention.masks import LazyMask
-from attention.options import ROLES, AnyOptions, FullOptions, Plan, Role
+from attention.options import EVERYWHERE, ROLES, AnyOptions, FullOptions, Plan, Role
 from attention.scoring import Scoring
-from attention.variant import Call, Site, Variant
+from attention.variant import Needs, Site, Variant
 from heedful import UserError
 
 NAME = "heedful"
@@ -50,10 +51,25 @@ DEMANDS = {
     "softcap": "caps its scores",
     "rules": "masks more than padding: a window, or what comes later",
 }
-"""What a site may ask for and some variants can not do, by the name of it in ``Call`` and in ``VariantEntry``."""
+"""What a site may ask for and some variants can not do, by the name of it in ``Needs`` and in ``VariantEntry``."""
 ALTERNATIVES = "BERT, RoBERTa, ELECTRA, DistilBERT, ModernBERT, GPT-2, Llama, Mistral, Qwen, T5, BART and their kin"
 
-_calls: dict[nn.Module, Call] | None = None
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an attention module, as its variant had it and answered it; see ``attention.variant.Variant``."""
+
+    module: nn.Module
+    variant: Variant
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: LazyMask
+    scoring: Scoring
+    output: Tensor
+
+
+_calls: list[Call] | None = None
 
 
 def attend(
@@ -79,10 +95,11 @@ def attend(
         asked.get("position_bias"),
         asked.get("softcap"),
     )
-    mask = _lazy(attention_mask, module, query, key)
+    mask, variant = _lazy(attention_mask, module, query, key), _variant_of(module)
+    output = variant(query, key, value, mask, scoring)
     if _calls is not None:
-        _calls[module] = _call(query, key, mask, scoring)
-    return _variant_of(module)(query, key, value, mask, scoring).transpose(1, 2).contiguous(), None
+        _calls.append(Call(module, variant, query, key, value, mask, scoring, output))
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -93,23 +110,41 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     """Every place for a variant, in the order in which they run, found by running the model once.
 
     Raises:
-        UserError: The model's class computes attention in its own way.
+        UserError: As ``try_out``.
     """
-    _refuse_own_ways(model)
-    paths = {module: path for path, module in model.named_modules()}
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    _go_through(model, NAME)
-    try:
-        with recorded() as calls:
+    return sites_of(model, try_out(model))
+
+
+def try_out(model: PreTrainedModel) -> list[Call]:
+    """What a run on a few tokens calls.
+
+    Raises:
+        UserError: The model's class computes attention in its own way, or asks for more than any variant does.
+    """
+    with recorded(model) as calls:
+        try:
             _run_once(model)
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        except ValueError as error:
+            raise UserError(
+                f"{type(model).__name__}: {error}",
+                where="attention",
+                expected="a model of which nothing is asked beyond what a variant does",
+                fix=f"attention=full, or another model: {ALTERNATIVES}",
+            ) from error
+    return calls
+
+
+def sites_of(model: PreTrainedModel, calls: Sequence[Call]) -> list[Site]:
+    """The places that were called, in the order of their first call."""
+    paths = {module: path for path, module in model.named_modules()}
     counts: dict[Role, int] = {}
     sites = []
-    for module, call in calls.items():
+    first: dict[nn.Module, Call] = {}
+    for call in calls:
+        first.setdefault(call.module, call)
+    for module, call in first.items():
         role = _role(paths[module], module)
-        sites.append(Site(paths[module], role, counts.setdefault(role, 0), module, call))
+        sites.append(Site(paths[module], role, counts.setdefault(role, 0), module, _needs(call)))
         counts[role] += 1
     return sites
 
@@ -124,18 +159,18 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         remove(model)
         return
     sites = find_sites(model)
-    _refuse_idle_places(plan, sites)
+    refuse_idle_places(plan, sites)
     chosen = [choose(plan, site) for site in sites]
-    _refuse_beyond(plan, sites, chosen)
+    refuse_no_place(plan, sites, chosen)
+    refuse_beyond(sites, chosen)
     made = [VARIANTS[options.variant].load()(options, site) for site, options in zip(sites, chosen, strict=True)]
     for site, variant in zip(sites, made, strict=True):
         site.module.add_module(CHILD, cast(nn.Module, variant).to(model.device, model.dtype))
         keep_as_vector(site.module, cross=site.role == "cross")
     _go_through(model, NAME)
     setattr(model.config, PLAN, plan.model_dump(mode="json"))
-    with recorded() as calls:
-        _run_once(model)
-    if silent := [str(site) for site in sites if site.module not in calls]:
+    called = {call.module for call in try_out(model)}
+    if silent := [str(site) for site in sites if site.module not in called]:
         raise RuntimeError(f"in place, but not called: {', '.join(silent)}")
 
 
@@ -219,15 +254,71 @@ def choose(plan: Plan, site: Site) -> AnyOptions:
     )
 
 
+def refuse_idle_places(plan: Plan, sites: Sequence[Site]) -> None:
+    """Refuse a plan with a place that the model lacks.
+
+    Raises:
+        UserError: Naming it, and the places that there are.
+    """
+    if idle := plan.idle([(site.role, site.layer) for site in sites]):
+        raise UserError(
+            f"no such place in this model: {', '.join(idle)}",
+            where="attention",
+            expected=f"among {', '.join(_summary(sites))}",
+        )
+
+
+def refuse_no_place(plan: Plan, sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
+    """Refuse a short plan that changes nothing.
+
+    Raises:
+        UserError: Naming the places that its variant is for.
+    """
+    if all(options.variant == "full" for options in chosen):
+        name = plan.root[EVERYWHERE].variant
+        raise UserError(
+            f"no place for {name} in this model: {', '.join(_summary(sites))}",
+            where="attention",
+            expected=f"a model with {' or '.join(VARIANTS[name].roles)}",
+        )
+
+
+def refuse_beyond(sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
+    """Refuse a variant at a place that asks for what it can not honour.
+
+    Raises:
+        UserError: Naming the place, and the variants that can.
+    """
+    for site, options in zip(sites, chosen, strict=True):
+        for name, what in DEMANDS.items():
+            if getattr(site.needs, name) and not getattr(VARIANTS[options.variant], name):
+                able = [other for other, e in VARIANTS.items() if getattr(e, name) and site.role in e.roles]
+                raise UserError(
+                    f"{options.variant} at {site}, which {what}",
+                    where="attention",
+                    expected=f"one of: {', '.join(able)}",
+                    fix="or name the places where it is to go, by role and layer",
+                )
+
+
 @contextmanager
-def recorded() -> Iterator[dict[nn.Module, Call]]:
-    """Within, the attention modules that are called, in order, and how."""
+def recorded(model: PreTrainedModel) -> Iterator[list[Call]]:
+    """Within, every call of a model's attention modules, in order; one without a variant runs as full attention.
+
+    Raises:
+        UserError: The model's class computes attention in its own way.
+    """
     global _calls
-    before, _calls = _calls, {}
+    _refuse_own_ways(model)
+    names = [(config, config._attn_implementation) for config in _configs(model)]
+    before, _calls = _calls, []
+    _go_through(model, NAME)
     try:
         yield _calls
     finally:
         _calls = before
+        for config, name in names:
+            config._attn_implementation_internal = name
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -250,16 +341,17 @@ def _variant_of(module: nn.Module) -> Variant:
         raise ValueError(
             f"{type(module).__name__} has no attention variant: open the model with heedful, which puts it in"
         )
-    nothing = Call(0, 0, 0)  # in the run that finds the sites
-    return VARIANTS["full"].load()(FullOptions(), Site("", "encoder.self", 0, module, nothing))
+    unasked = Needs(0, 0, 0)  # of a model without a plan
+    return VARIANTS["full"].load()(FullOptions(), Site("", "encoder.self", 0, module, unasked))
 
 
-def _call(query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Call:
-    return Call(
-        *(query.shape[1], key.shape[1], query.shape[-1]),
-        bias=scoring.bias is not None and bool(scoring.bias.any()),  # T5's cross-attention adds zeros
-        softcap=scoring.softcap is not None,
-        rules=not mask.only_padding,
+def _needs(call: Call) -> Needs:
+    bias = call.scoring.bias
+    return Needs(
+        *(call.query.shape[1], call.key.shape[1], call.query.shape[-1]),
+        bias=bias is not None and bool(bias.any()),  # T5's cross-attention adds zeros
+        softcap=call.scoring.softcap is not None,
+        rules=not call.mask.only_padding,
     )
 
 
@@ -310,36 +402,6 @@ def _refuse_own_ways(model: PreTrainedModel) -> None:
             where="attention",
             expected="a model that goes through transformers' AttentionInterface",
             fix=f"attention=full, or another model: {ALTERNATIVES}",
-        )
-
-
-def _refuse_idle_places(plan: Plan, sites: Sequence[Site]) -> None:
-    if idle := plan.idle([(site.role, site.layer) for site in sites]):
-        raise UserError(
-            f"no such place in this model: {', '.join(idle)}",
-            where="attention",
-            expected=f"among {', '.join(_summary(sites))}",
-        )
-
-
-def _refuse_beyond(plan: Plan, sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
-    """What a variant can not honour is known before it goes in."""
-    for site, options in zip(sites, chosen, strict=True):
-        for name, what in DEMANDS.items():
-            if getattr(site.call, name) and not getattr(VARIANTS[options.variant], name):
-                able = [other for other, e in VARIANTS.items() if getattr(e, name) and site.role in e.roles]
-                raise UserError(
-                    f"{options.variant} at {site}, which {what}",
-                    where="attention",
-                    expected=f"one of: {', '.join(able)}",
-                    fix="or name the places where it is to go, by role and layer",
-                )
-    if plan.is_short and all(options.variant == "full" for options in chosen):
-        (options,) = plan.root.values()
-        raise UserError(
-            f"{options.variant} for a model that has no place for it",
-            where="attention",
-            expected=f"it at {', '.join(VARIANTS[options.variant].roles)}, and of {', '.join(_summary(sites))}",
         )
 
 

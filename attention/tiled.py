@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -16,12 +16,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attention.engine import Visit, tiled_attention
 from attention.masks import LazyMask
+from attention.reference import attention_weights
 from attention.scoring import Scoring
+from attention.variant import Work
 
 LARGEST_TILE = 512
 SMALLEST_TILE = 64
 TILE_AREA = 2**20
 """Scores of all rows and heads in one tile, within those bounds: 4 MiB in fp32, about what a core keeps near."""
+LARGEST_COUNT = 2**22
+"""Pairs that are counted at once."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class Pattern(Protocol):
         """Tiles that hold every pair that counts exactly once; the keys of all positions from 0."""
         ...
 
+    def __hash__(self) -> int:
+        """Its settings are all there is to it."""
+        ...
+
 
 class Tiled(nn.Module):
     """Full attention over the pairs of a pattern."""
@@ -77,11 +85,17 @@ class Tiled(nn.Module):
         plain = not scoring.dropout and scoring.softcap is None and scoring.bias is None
         if plain and keys <= self.pattern.sdpa_below:
             return self._by_sdpa(query, key, value, mask, scoring.scaling)
-        side = int((TILE_AREA / (rows * heads)) ** 0.5)
-        tile = min(LARGEST_TILE, max(SMALLEST_TILE, side))
-        extent = Extent(queries, keys + mask.kv_offset, mask.q_offset, mask.causal, tile)
+        extent = Extent(queries, keys + mask.kv_offset, mask.q_offset, mask.causal, tile_side(rows * heads))
         visits = [kept for visit in self.pattern.visits(extent) if (kept := visit.after(mask.kv_offset)).keys]
         return tiled_attention(query, key, value, mask, visits, scoring)
+
+    def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """BHNM; see ``attention.variant.Variant``."""
+        return attention_weights(query, key, seen_pairs(self.pattern, mask, query.device), scoring)
+
+    def work(self, length: int, heads: int, *, causal: bool) -> Work:
+        """By the tiles of one text; see ``attention.variant.Variant``."""
+        return _work(self.pattern, Extent(length, length, 0, causal, tile_side(heads)))
 
     def extra_repr(self) -> str:
         """The pattern."""
@@ -104,6 +118,37 @@ class Tiled(nn.Module):
         # Of a row that sees nothing torch's kernels give NaN or a mean, by the kernel; the engine gives zeros.
         blind = ~allowed.any(-1, keepdim=True)
         return attend(attn_mask=allowed | blind).masked_fill(blind, 0.0)
+
+
+def tile_side(tables: int) -> int:
+    """A good side of a tile, where so many of one size are computed at once."""
+    return min(LARGEST_TILE, max(SMALLEST_TILE, int((TILE_AREA / tables) ** 0.5)))
+
+
+@lru_cache(maxsize=64)  # many layers have the same
+def _work(pattern: Pattern, extent: Extent) -> Work:
+    visits = pattern.visits(extent)
+    return Work(sum(map(_area, visits)), sum(_seen(visit, causal=extent.causal) for visit in visits))
+
+
+def _area(visit: Visit) -> int:
+    return len(_indices(visit.queries)) * sum(len(_indices(piece)) for piece in visit.keys)
+
+
+def _seen(visit: Visit, *, causal: bool) -> int:
+    """Pairs of a tile that count, without padding."""
+    rows, columns = _indices(visit.queries), torch.cat([_indices(piece) for piece in visit.keys]).sort().values
+    if visit.sees is None:
+        return int(torch.searchsorted(columns, rows, right=True).sum()) if causal else _area(visit)
+    total = 0
+    for part in torch.split(rows, max(1, LARGEST_COUNT // len(columns))):
+        seen = visit.sees(part[:, None], columns[None, :])
+        total += int((seen & (columns <= part[:, None]) if causal else seen).sum())
+    return total
+
+
+def _indices(piece: slice) -> Tensor:
+    return torch.arange(piece.start, piece.stop, piece.step or 1)
 
 
 def seen_pairs(pattern: Pattern, mask: LazyMask, device: torch.device) -> Tensor | None:

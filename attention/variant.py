@@ -19,7 +19,7 @@ from attention.scoring import Scoring
 
 
 @dataclass(frozen=True)
-class Call:
+class Needs:
     """What an attention module asks for, seen in the run that finds it.
 
     Args:
@@ -48,17 +48,35 @@ class Site:
         role: What looks at what.
         layer: Number among the model's sites of this role, in the order in which they run.
         module: The attention module itself.
-        call: What it asks for.
+        needs: What it asks for.
     """
 
     path: str
     role: Role
     layer: int
     module: nn.Module
-    call: Call
+    needs: Needs
 
     def __str__(self) -> str:
         return f"{self.role}[{self.layer}]"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Pairs of a query and a key, of one head over one text.
+
+    Args:
+        scored: Whose score is computed.
+        seen: That count.
+    """
+
+    scored: int
+    seen: int
+
+
+def all_pairs(length: int, *, causal: bool) -> int:
+    """Those of full attention over as many queries as keys."""
+    return length * (length + 1) // 2 if causal else length**2
 
 
 class Variant(Protocol):
@@ -76,4 +94,15 @@ class Variant(Protocol):
         Returns:
             BHND.
         """
+        ...
+
+    def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """What each query takes of each key's value in eval mode, BHNM, none below 0: times the values, the output.
+
+        For pictures, of short texts. A variant that has no such table leaves the method out.
+        """
+        ...
+
+    def work(self, length: int, heads: int, *, causal: bool) -> Work:
+        """What a text of that length costs, in pairs; a variant that does not go by pairs leaves the method out."""
         ...

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     EncoderDecoderModel,
+    GptOssConfig,
     MPNetConfig,
     MPNetModel,
 )
@@ -125,6 +126,14 @@ def test_a_class_that_computes_attention_in_its_own_way_is_refused():
             install(model, plan("blockwise"))
         assert model.config._attn_implementation != NAME
     install(deberta, plan("full"))
+
+
+def test_a_model_that_asks_for_more_than_a_variant_does_is_refused():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 8, "intermediate_size": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModel.from_config(GptOssConfig(**COMMON, **sizes, eos_token_id=3))
+    with pytest.raises(UserError, match=r"GptOssModel: s_aux: attention sinks"):
+        find_sites(model)
 
 
 def test_the_model_that_calls_no_variant_is_noticed(monkeypatch):

@@ -93,4 +93,4 @@ class Additive(nn.Module):
 
 def make(options: AdditiveOptions, site: Site) -> Additive:
     """For any site."""
-    return Additive(site.call.heads, site.call.key_heads, site.call.width)
+    return Additive(site.needs.heads, site.needs.key_heads, site.needs.width)

@@ -8,9 +8,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from attention.bias import dense_bias
 from attention.masks import LazyMask
 from attention.options import FullOptions
-from attention.reference import dense_attention
+from attention.reference import attention_weights, dense_attention
 from attention.scoring import Scoring
-from attention.variant import Site
+from attention.variant import Site, Work, all_pairs
 
 
 class Full(nn.Module):
@@ -36,6 +36,15 @@ class Full(nn.Module):
             position_bias=None if bias is None else dense_bias(bias, query.shape[2], key.shape[2]),
         )
         return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+    def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """BHNM; see ``attention.variant.Variant``."""
+        return attention_weights(query, key, mask.table(query.device), scoring)
+
+    def work(self, length: int, heads: int, *, causal: bool) -> Work:
+        """Every pair; see ``attention.variant.Variant``."""
+        pairs = all_pairs(length, causal=causal)
+        return Work(pairs, pairs)
 
 
 def make(options: FullOptions, site: Site) -> Full:

@@ -1,0 +1,87 @@
+"""A variant's table of weights is the one that it attends with, and its count of pairs that of its pattern."""
+
+import dataclasses
+
+import pytest
+import torch
+from attention_samples import each_sample, make
+from tiny_families import DECODERS, SEQ2SEQ, make_model
+from transformers import AutoModel
+
+from attention.options import Plan
+from attention.seam import install, recorded, sites_of
+from attention.tiled import Extent, tile_side
+
+PLANS = {
+    "none": None,
+    "full": "full beside another",
+    "blockwise": "blockwise",
+    "sliding_window": {"variant": "sliding_window", "reach": 3},
+}
+
+
+def run(family, plan, *, tiled):
+    """A model, and its calls with a text of 24 tokens, of an encoder-decoder with 11 in its decoder."""
+    model, ids = make_model(family, AutoModel), torch.arange(5, 29)[None]
+    if plan == "full beside another":  # a plan of full alone would put nothing in
+        plan = {"encoder.self[0]" if family == "bert" else "decoder.self[0]": "blockwise"}
+    if plan is not None:
+        install(model, Plan.model_validate(plan))
+    for module in model.modules():
+        if tiled and hasattr(module, "pattern"):
+            module.pattern = dataclasses.replace(module.pattern, sdpa_below=0)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :11]} if family in SEQ2SEQ else {})
+    with torch.no_grad(), recorded(model) as calls:
+        model(**inputs)
+    return model, calls
+
+
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "kernel"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("family", ["bert", "llama", "gemma2", "t5", "bart"])
+def test_weights_are_those_that_ran(family, plan, tiled):
+    model, calls = run(family, plan, tiled=tiled)
+    sites = {site.module: site for site in sites_of(model, calls)}
+    assert len(calls) == len(sites) == (3 if family in SEQ2SEQ else 2)
+    for call in calls:
+        weights = call.variant.weights(call.query, call.key, call.mask, call.scoring)
+        value = call.value.repeat_interleave(weights.shape[1] // call.value.shape[1], dim=1)
+        torch.testing.assert_close(weights @ value, call.output, rtol=0, atol=1e-6)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]), rtol=0, atol=1e-6)
+        role = sites[call.module].role
+        if role == "decoder.self":
+            assert torch.equal(weights, weights.tril())
+        expected = {"encoder.self": (24, 24), "decoder.self": (11, 11), "cross": (11, 24)}
+        assert tuple(weights.shape[2:]) == ((24, 24) if family in DECODERS else expected[role])
+
+
+def test_a_model_without_a_plan_is_as_before_once_it_was_recorded():
+    model, before = make_model("t5", AutoModel), make_model("t5", AutoModel)
+    inputs = {"input_ids": torch.arange(5, 29)[None], "decoder_input_ids": torch.arange(5, 11)[None]}
+    with torch.no_grad():
+        with recorded(model):
+            model(**inputs)
+        assert torch.equal(model(**inputs)[0], before(**inputs)[0])
+    assert model.config.to_dict() == before.config.to_dict()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("name", "settings"), [s for s in each_sample() if s[0] != "full"])
+def test_work_is_what_the_tiles_hold(name, settings, causal):
+    variant, length = make(name, settings), 333
+    work = variant.work(length, heads=2, causal=causal)
+    scored = torch.zeros(length, length, dtype=torch.int64)
+    for visit in variant.pattern.visits(Extent(length, length, 0, causal, tile_side(2))):
+        for keys in visit.keys:
+            scored[visit.queries, keys] += 1
+    positions = torch.arange(length)
+    seen = variant.pattern.sees(positions[:, None], positions[None, :])
+    seen = torch.ones(length, length, dtype=torch.bool) if seen is None else seen
+    assert work.scored == int(scored.sum())
+    assert work.seen == int((seen.tril() if causal else seen).sum())
+
+
+def test_full_attention_works_on_every_pair():
+    assert dataclasses.astuple(make("full", {}).work(6, 2, causal=False)) == (36, 36)
+    assert dataclasses.astuple(make("full", {}).work(6, 2, causal=True)) == (21, 21)
