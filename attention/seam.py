@@ -129,7 +129,7 @@ def try_out(model: PreTrainedModel) -> list[Call]:
                 f"{type(model).__name__}: {error}",
                 where="attention",
                 expected="a model of which nothing is asked beyond what a variant does",
-                fix=f"attention=full, or another model: {ALTERNATIVES}",
+                fix=f"leave its attention as it is, or take another model: {ALTERNATIVES}",
             ) from error
     return calls
 
@@ -230,9 +230,14 @@ def describe(model: PreTrainedModel) -> list[str]:
     placed = [(site, choose(plan, site)) for site in sites]
     for (role, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
         layers = [site.layer for site, _ in run]
-        settings = [f"{k}={v}" for k, v in options.model_dump(mode="json").items() if k != "variant"]
-        lines.append(f"attention: {' '.join([f'{role}[{layers[0]}-{layers[-1]}]', options.variant, *settings])}")
+        lines.append(f"attention: {role}[{layers[0]}-{layers[-1]}] {describe_options(options)}")
     return lines
+
+
+def describe_options(options: AnyOptions, between: str = " ") -> str:
+    """A variant's name and its settings."""
+    settings = options.model_dump(mode="json")
+    return between.join([settings.pop("variant"), *(f"{name}={value}" for name, value in settings.items())])
 
 
 def choose(plan: Plan, site: Site) -> AnyOptions:
@@ -401,7 +406,7 @@ def _refuse_own_ways(model: PreTrainedModel) -> None:
             f"{own[0].__name__} computes attention in its own way, and would never call a variant",
             where="attention",
             expected="a model that goes through transformers' AttentionInterface",
-            fix=f"attention=full, or another model: {ALTERNATIVES}",
+            fix=f"leave its attention as it is, or take another model: {ALTERNATIVES}",
         )
 
 

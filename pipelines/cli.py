@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer", help="Train a tokenizer on your own texts.")
+attention_app = typer.Typer(no_args_is_help=True)
+app.add_typer(attention_app, name="attention", help="Look at a model's attention.")
 Config = Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/ner.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings: train.learning_rate=3e-5 data.train=my.csv ...")]
 Checkpoint = Annotated[str, typer.Argument(help="A run or its model folder, e.g. runs/ner/model")]
@@ -146,6 +148,23 @@ def train_tokenizer(
         special_tokens=special_tokens or [],
         lowercase=lowercase,
     )
+
+
+@attention_app.command("check")
+def check_attention(
+    model: Annotated[str, typer.Argument(help="A folder or a Hub id; its weights are not read.")],
+    plan: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PLAN", help="attention=sliding_window attention.reach=64; none tries all."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Tokens of a text, in place of the model's longest.")
+    ] = None,
+) -> None:
+    """Show where other attention goes in, and what it saves; exit code 2 where it does not."""
+    from pipelines import attention_check as verb
+
+    verb.check(model, plan or [], length=length)
 
 
 def main() -> None:

@@ -645,4 +645,4 @@ def test_help_needs_no_torch_and_lists_the_verbs():
         "from pipelines import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert all(verb in shown for verb in ("finetune", "evaluate", "predict", "config"))
+    assert all(verb in shown for verb in ("finetune", "evaluate", "predict", "config", "attention"))

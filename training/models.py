@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -203,7 +205,7 @@ def _read_tensors(name: str, keys: Sequence[str], *, revision: str | None) -> di
 
 
 def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    with _quiet():
+    with quiet():
         try:
             return auto_class.from_pretrained(  # type: ignore[no-any-return]
                 name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **kwargs
@@ -257,12 +259,27 @@ def new_model(
     Raises:
         UserError: As ``new_config``; or sizes that do not go together, or no such head for this ``model_type``.
     """
-    config = new_config(architecture, tokenizer, **kwargs)
+    model = _from_config(auto_class.from_config, new_config(architecture, tokenizer, **kwargs), where=ARCHITECTURE)
+    return Loaded(model, tuple(sorted(name for name, _ in model.named_parameters())), ())
+
+
+def empty_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Make the model that ``name`` describes, without a head, from its configuration alone: its weights are random.
+
+    Raises:
+        UserError: No such model, or none that transformers can make.
+    """
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel  # which knows no joined encoders
+    return _from_config(partial(kind.from_config, trust_remote_code=trust_remote_code), config, where=name)
+
+
+def _from_config(make: Callable[..., Any], config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
     try:
-        model = auto_class.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = make(config, dtype=torch.float32)
     except (ValueError, ImportError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"the model could not be made: {_first_line(error)}", where=ARCHITECTURE) from error
-    return Loaded(model.eval(), tuple(sorted(name for name, _ in model.named_parameters())), ())
+        raise UserError(f"the model could not be made: {_first_line(error)}", where=where) from error
+    return model.eval()
 
 
 def new_config(architecture: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedConfig:
@@ -437,7 +454,7 @@ def _refuse_other_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBa
 def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Give every token of another tokenizer a row, new ones around the mean of the old; name what must be trained."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        with _quiet():
+        with quiet():
             model.resize_token_embeddings(len(tokenizer))
     tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
     held = {id(p) for table in tables for p in table.parameters()}
@@ -464,7 +481,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-class _quiet:
+class quiet:
     """Hush transformers' load report: what it says of missing and unused weights is in ``Loaded``."""
 
     def __enter__(self) -> None:

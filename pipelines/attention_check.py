@@ -1,0 +1,196 @@
+"""``heedful attention check``: which variant goes where in a model, and what it saves there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attention import VARIANTS
+from attention.options import ROLES, AnyOptions, Plan
+from attention.seam import choose, describe_options, refuse_idle_places, refuse_no_place, sites_of, try_out
+from attention.variant import Site, Work, all_pairs
+from heedful import UserError
+from pipelines import config as configuration
+from pipelines.config import RunConfig
+from sources.assets import ensure
+from tasks.positions import max_positions
+from training.models import empty_model
+
+EFFECTIVE = ("attention", "model.revision", "model.trust_remote_code")
+"""Settings that matter here."""
+UNBOUNDED = 1024
+"""Tokens that are counted with where a model sets no bound."""
+WIDTH = 128
+"""Of the table where no terminal has one."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a plan means at one site.
+
+    Args:
+        wanted: What the plan asks for.
+        chosen: What the site gets; None where the plan is refused.
+        refusal: Why it is.
+        parameters: That the variant brings.
+        work: Pairs of one head over one text; None where the variant does not say.
+        full: Pairs of full attention.
+        kernel_up_to: Keys up to which torch's kernel may take the place of the variant's tiles.
+    """
+
+    site: Site
+    wanted: AnyOptions
+    chosen: AnyOptions | None = None
+    refusal: UserError | None = None
+    parameters: int = 0
+    work: Work | None = None
+    full: int = 0
+    kernel_up_to: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """What becomes of the plan here."""
+        if self.chosen is None:
+            return "refused"
+        return "full stays" if self.chosen.variant == "full" else "goes in"
+
+    @property
+    def reason(self) -> str:
+        """Why the plan's variant does not go in; empty where it does, or is full."""
+        if self.refusal is not None:
+            return "; expected ".join(part for part in (self.refusal.found, self.refusal.expected) if part)
+        if self.chosen == self.wanted:
+            return ""
+        return f"{self.wanted.variant} is for {', '.join(VARIANTS[self.wanted.variant].roles)}"
+
+
+def check(
+    model: str, overrides: Sequence[str] = (), *, length: int | None = None, console: Console | None = None
+) -> list[Finding]:
+    """Show where a plan goes in, or each variant in its default settings.
+
+    Args:
+        model: A folder, an asset or a Hub id; its weights are not read.
+        overrides: The plan, as ``finetune`` takes it.
+        length: Tokens of the text whose pairs are counted; None takes the model's longest.
+
+    Raises:
+        UserError: The plan is refused at some place, or goes in nowhere; the table is shown first.
+    """
+    config = _settings(model, overrides)
+    ensure([model], root=Path.cwd(), say=lambda line: typer.echo(line, err=True))
+    given, console = config.attention, console or Console(emoji=False, width=None if sys.stdout.isatty() else WIDTH)
+    if given is not None and given.is_full:  # of a model, too, that takes no variant
+        console.print("full attention leaves the model as it is")
+        return []
+    made = empty_model(model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    plans = [given] if given is not None else [Plan.model_validate(name) for name in VARIANTS]
+    calls = try_out(made)
+    sites, heads = sites_of(made, calls), {call.module: call.query.shape[1] for call in calls}
+    length = length or max_positions(made) or UNBOUNDED
+    findings = []
+    for plan in plans:
+        refuse_idle_places(plan, sites)
+        in_order = sorted(sites, key=lambda site: ROLES.index(site.role))
+        findings += [_find(plan, site, length, heads[site.module]) for site in in_order]
+    console.print(_table(findings, f"{type(made).__name__}, {length:,} tokens"))
+    for run in _runs(findings):
+        if run[0].reason:
+            console.print(f"{_where(run)}, {run[0].verdict}: {run[0].reason}", highlight=False, markup=False)
+    if (kernel := max(finding.kernel_up_to for finding in findings)) >= length:
+        console.print(
+            f"scored: by the variant's own tiles, as in training with dropout. Up to {kernel:,} tokens, without "
+            "dropout, a bias or a soft cap, torch's kernel over all pairs is faster and takes their place.",
+            highlight=False,
+        )
+    if given is not None:
+        _refuse(given, findings)
+    return findings
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """Dotted paths as one, with a star where they differ."""
+    parts = [path.split(".") for path in paths]
+    if len({len(part) for part in parts}) > 1:
+        return f"{paths[0]} ... {paths[-1]}"
+    return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
+
+
+def _settings(model: str, overrides: Sequence[str]) -> RunConfig:
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in EFFECTIVE and not key.startswith("attention."):
+            raise UserError(f"{key!r} has no effect here", expected=f"one of: {', '.join(EFFECTIVE)}")
+    nothing: dict[str, Any] = {"task": "classification", "output_dir": "none", "model": {"name": model}}
+    return configuration.override(nothing, overrides, where="the command line")
+
+
+def _find(plan: Plan, site: Site, length: int, heads: int) -> Finding:
+    wanted, causal = plan.at(site.role, site.layer), site.role == "decoder.self"
+    try:
+        options = choose(plan, site)
+        variant: Any = VARIANTS[options.variant].load()(options, site)
+    except UserError as error:
+        return Finding(site, wanted, refusal=error)
+    return Finding(
+        site,
+        wanted,
+        options,
+        parameters=sum(parameter.numel() for parameter in variant.parameters()),
+        work=variant.work(length, heads, causal=causal) if hasattr(variant, "work") else None,
+        full=all_pairs(length, causal=causal),
+        kernel_up_to=variant.pattern.sdpa_below if hasattr(variant, "pattern") else 0,
+    )
+
+
+def _refuse(plan: Plan, findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        if finding.refusal is not None:
+            raise finding.refusal
+    refuse_no_place(plan, [f.site for f in findings], [f.chosen for f in findings if f.chosen is not None])
+
+
+def _table(findings: Sequence[Finding], title: str) -> Table:
+    table = Table("variant", title=f"attention: {title}")
+    for column in ("where", "verdict"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("modules", overflow="fold")
+    for column in ("parameters", "scored", "seen"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for run in _runs(findings):
+        table.add_row(*(Text(cell) for cell in _cells(run)))
+    return table
+
+
+def _runs(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Layers alike."""
+    alike = groupby(findings, key=lambda finding: (finding.wanted, finding.verdict, finding.site.role))
+    return [list(run) for _, run in alike]
+
+
+def _where(run: Sequence[Finding]) -> str:
+    first, last = run[0].site, run[-1].site
+    return str(first) if first is last else f"{first.role}[{first.layer}-{last.layer}]"
+
+
+def _cells(run: Sequence[Finding]) -> Iterator[str]:
+    """Of layers alike; the shares are of all pairs that full attention has there."""
+    yield describe_options(run[0].wanted, between="\n")
+    yield _where(run)
+    yield run[0].verdict
+    yield common_path([finding.site.path for finding in run])
+    yield f"{sum(finding.parameters for finding in run):,}"
+    full, works = sum(finding.full for finding in run), [f.work for f in run if f.work is not None]
+    if len(works) < len(run):
+        yield from ("-", "-")
+        return
+    yield f"{sum(work.scored for work in works) / full:.1%}"
+    yield f"{sum(work.seen for work in works) / full:.1%}"
