@@ -167,6 +167,25 @@ def check_attention(
     verb.check(model, plan or [], length=length)
 
 
+@attention_app.command("show")
+def show_attention(
+    checkpoint: Annotated[str, typer.Argument(help="A run, a model folder or a Hub id.")],
+    text: Annotated[str, typer.Argument(help="Some words; an encoder-decoder answers them.")],
+    out: Annotated[Path, typer.Option("--out", help="The page; a browser opens it without a network.")] = Path(
+        "attention.html"
+    ),
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="A drawing too: .svg, .png or .pdf; needs matplotlib.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", min=0, help="This one alone, from 0.")] = None,
+    head: Annotated[int | None, typer.Option("--head", min=0, help="This one alone, from 0.")] = None,
+) -> None:
+    """Draw which token attends to which, in each layer and head."""
+    from pipelines import attention_show as verb
+
+    verb.show(checkpoint, text, out=out, figure=figure, layer=layer, head=head)
+
+
 def main() -> None:
     """Run the command line; a fault of the user's is one message and an exit code, never a traceback."""
     # Read when the libraries are imported: cuBLAS is deterministic only with a fixed workspace, and tokenizers'

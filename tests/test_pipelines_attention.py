@@ -1,0 +1,324 @@
+"""``heedful attention``: a plan looked at before it runs, and weights drawn as they were."""
+
+import base64
+import json
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import make_model, make_task, save_body
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from attention import VARIANTS, VariantEntry
+from attention.options import Plan
+from attention.seam import install, mark
+from attention.tiled import Tiled
+from pipelines import attention_check, attention_pictures, attention_show
+from pipelines.attention_check import check, common_path
+from pipelines.attention_pictures import View, draw_figure, page
+from tasks.saved import save_task
+
+WINDOW = {"variant": "sliding_window", "reach": 3}
+TEXT = "the cat sat on the mat in Berlin"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where commands run, with room for what they print."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(attention_check, "WIDTH", 300)
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """What a browser takes for markup."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.parts, self.at = [], {}, None
+        self.feed(text)
+        self.views = json.loads(self.parts["data"])
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.at = dict(attributes).get("id", tag)
+
+    def handle_data(self, text):
+        self.parts[self.at] = self.parts.get(self.at, "") + text
+
+
+def table(view):
+    """A view's weights, HNM."""
+    shape = len(view["heads"]), len(view["rows"]), len(view["columns"])
+    return np.frombuffer(base64.b64decode(view["table"]), "<u2").reshape(shape) / 65535
+
+
+def shown(cli_run, *arguments):
+    code, _, log = cli_run("attention", "show", *arguments, "--out", "page.html")
+    assert code == 0, log
+    return Page(Path("page.html").read_text())
+
+
+# --- check ---
+
+
+def test_without_a_plan_every_variant_is_tried(folder, cli_run):
+    save_body("bert", "model")
+    Path("model/model.safetensors").unlink()  # which is not read
+    code, out, log = cli_run("attention", "check", "model")
+    assert code == 0, log
+    assert all(name in out for name in VARIANTS)
+    assert "BertModel, 64 tokens" in out
+    assert out.count("goes in") == len(VARIANTS) - 1
+    assert "encoder.layer.*.attention.self" in out
+
+
+def test_a_plan_that_goes_in_is_counted(folder, cli_run):
+    save_body("t5", "model")
+    code, out, log = cli_run("attention", "check", "model", "attention=sliding_window", "attention.reach=3")
+    assert code == 0, log
+    assert "cross[0], full stays: sliding_window is for encoder.self, decoder.self\n" in out
+    found = {finding.site.role: finding for finding in check("model", ["attention=sliding_window"], length=2000)}
+    assert [finding.chosen.variant for finding in found.values()] == ["sliding_window", "sliding_window", "full"]
+    window = found["encoder.self"]
+    assert window.work.seen == 2000 * 257 - 128 * 129
+    assert window.work.seen < window.work.scored < window.full == 2000**2
+    assert found["decoder.self"].full == 2000 * 2001 // 2
+    assert found["cross"].work.seen == 2000**2
+
+
+def test_a_plan_that_is_refused_is_shown_with_its_reason(folder, cli_run):
+    save_body("bart", "model")
+    window_at_cross = "attention={encoder.self: blockwise, cross: sliding_window}"
+    code, out, log = cli_run("attention", "check", "model", window_at_cross)
+    assert code == 2
+    assert "goes in" in out
+    assert "cross[0], refused: sliding_window at cross[0]; expected it at encoder.self, decoder.self" in out
+    assert "elsewhere it has no meaning" in log
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["attention={cross: blockwise}"], "no such place in this model: cross"),
+        (["attention=telepathy"], "telepathy"),
+        (["train.seed=1"], "no effect here"),
+        (["attentions=full"], "no effect here"),
+    ],
+)
+def test_what_is_no_plan_for_the_model_ends_with_2(folder, cli_run, overrides, message):
+    save_body("bert", "model")
+    code, out, log = cli_run("attention", "check", "model", *overrides)
+    assert (code, out) == (2, "")
+    assert message in log
+
+
+def test_a_model_that_takes_no_variant_is_told_from_one_left_as_it_is(folder, cli_run):
+    save_body("deberta-v2", "model")
+    code, _, log = cli_run("attention", "check", "model", "attention=blockwise")
+    assert code == 2
+    assert "in its own way" in log
+    code, out, log = cli_run("attention", "check", "model", "attention=full")
+    assert code == 0, log
+    assert "as it is" in out
+
+
+class Learned(torch.nn.Linear):
+    """A variant that says neither what it costs nor what it sees."""
+
+
+def make_learned(options, site):
+    return Learned(3, 4)
+
+
+def test_what_a_variant_brings_and_does_not_say_is_shown(folder, cli_run, monkeypatch):
+    save_body("bert", "model")
+    monkeypatch.setitem(VARIANTS, "blockwise", VariantEntry(f"{__name__}:make_learned"))
+    findings = check("model", ["attention=blockwise"])
+    assert [(finding.parameters, finding.work) for finding in findings] == [(16, None)] * 2
+    code, out, _ = cli_run("attention", "check", "model", "attention=blockwise")
+    assert code == 0
+    assert [cell.strip() for cell in out.splitlines()[4].split("│")[-4:-1]] == ["32", "-", "-"]
+
+
+def test_a_plan_that_goes_in_nowhere_is_refused(folder, cli_run, monkeypatch):
+    save_body("bert", "model")
+    monkeypatch.setitem(VARIANTS, "blockwise", replace(VARIANTS["blockwise"], roles=("cross",)))
+    code, _, log = cli_run("attention", "check", "model", "attention=blockwise")
+    assert code == 2
+    assert "no place for blockwise in this model: encoder.self[0-1]" in log
+
+
+def test_a_path_for_all_layers():
+    assert common_path(["h.0.attn", "h.1.attn"]) == "h.*.attn"
+    assert common_path(["a.b"]) == "a.b"
+    assert common_path(["a.0", "a.b.0"]) == "a.0 ... a.b.0"
+
+
+# --- show ---
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "bart"])
+def test_the_page_holds_the_weights_that_transformers_gives(family, folder, cli_run):
+    save_body(family, "model")
+    views = shown(cli_run, "model", TEXT).views
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    kind = AutoModelForSeq2SeqLM if family == "bart" else AutoModel
+    model = kind.from_pretrained("model", attn_implementation="eager")
+    inputs = {name: tensor for name, tensor in tokenizer(TEXT, return_tensors="pt").items() if name != "token_type_ids"}
+    if family == "bart":
+        inputs["decoder_input_ids"] = model.generate(**inputs, max_new_tokens=63, do_sample=False)[:, :-1]
+    with torch.no_grad():
+        out = model(**inputs, output_attentions=True)
+    expected = out.attentions if family != "bart" else (*out.encoder_attentions, *out.decoder_attentions)
+    expected = [*expected, *out.cross_attentions] if family == "bart" else expected
+    assert len(views) == len(expected)
+    for view, weights in zip(views, expected, strict=True):
+        np.testing.assert_allclose(table(view), weights[0], rtol=0, atol=1e-5)
+    assert views[0]["rows"][-3:] == views[0]["columns"][-3:]
+    assert len(views[0]["rows"]) == inputs["input_ids"].shape[1]
+
+
+def test_a_saved_plan_is_what_is_drawn(folder, cli_run):
+    save_body("bert", "model")
+    model = make_model("bert", AutoModel)
+    install(model, Plan.model_validate({"encoder.self[0]": WINDOW}))
+    model.save_pretrained("model")
+    mark(Path("model"))
+    first, second = shown(cli_run, "model", TEXT).views
+    assert (first["variant"], second["variant"]) == ("sliding_window reach=3 global_tokens=[]", "full")
+    n = len(first["rows"])
+    far = np.abs(np.subtract.outer(np.arange(n), np.arange(n))) > 3
+    assert n > 8
+    assert (table(first)[:, far] == 0).all()
+    assert (table(second)[:, far] > 0).any()
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_the_decoder_of_a_classifier_reads_what_its_head_makes(family, folder, cli_run):
+    task, _, _ = make_task("classification", family)
+    make_model(family, AutoModelForSequenceClassification, **task.model_kwargs()).save_pretrained("model")
+    task.tokenizer.save_pretrained("model")
+    save_task(task, Path("model"))
+    views = {view["name"]: view for view in shown(cli_run, "model", "the cat sat").views}
+    assert views.keys() == {"encoder.self[0]", "decoder.self[0]", "cross[0]"}
+    assert views["encoder.self[0]"]["rows"] == ["[CLS]", "the", "cat", "sat", "[SEP]"]
+    assert views["decoder.self[0]"]["rows"][1:] == ["[CLS]", "the", "cat", "sat"]
+    assert views["cross[0]"]["columns"] == views["encoder.self[0]"]["rows"]
+
+
+def test_a_layer_that_is_used_twice_is_drawn_twice(folder, cli_run):
+    save_body("albert", "model", num_hidden_groups=1)
+    names = [view["name"] for view in shown(cli_run, "model", TEXT).views]
+    assert names == ["encoder.self[0]", "encoder.self[0], call 2"]
+
+
+def test_a_variant_without_a_table_is_said_to_have_none(folder, cli_run, monkeypatch):
+    save_body("bert", "model")
+    model = make_model("bert", AutoModel)
+    install(model, Plan.model_validate({"encoder.self[1]": "blockwise"}))
+    model.save_pretrained("model")
+    monkeypatch.delattr(Tiled, "weights")
+    read = shown(cli_run, "model", TEXT)
+    assert [view["table"] is None for view in read.views] == [False, True]
+    assert "no table of weights" in read.parts["script"]
+
+
+def test_one_layer_and_one_head(folder, cli_run):
+    save_body("bert", "model")
+    (whole,) = shown(cli_run, "model", TEXT, "--layer", 1).views
+    (view,) = shown(cli_run, "model", TEXT, "--layer", 1, "--head", 1).views
+    assert (view["name"], view["heads"], whole["heads"]) == ("encoder.self[1]", [1], [0, 1])
+    assert (table(view)[0] == table(whole)[1]).all()
+
+
+def test_of_a_long_text_the_first_tokens_are_shown_and_it_is_said(folder, cli_run):
+    save_body("bert", "model", max_position_embeddings=256)
+    read = shown(cli_run, "model", "cat " * 200)
+    assert {len(view[side]) for view in read.views for side in ("rows", "columns")} == {128}
+    assert "The first 128 of 202 tokens of the text are shown" in read.parts["p"]
+    assert table(read.views[0]).sum(-1).max() < 0.99, "of all keys, not of those that are shown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "the text is empty"),
+        (["cat " * 63], "a text of 65 tokens"),
+        ([TEXT, "--layer", 2], "no layer 2"),
+        ([TEXT, "--head", 2], "no head 2"),
+        ([TEXT, "--out", "nowhere/page.html"], "no such folder"),
+        ([TEXT, "--figure", "figure.doc"], "a figure of another kind"),
+        ([TEXT, "--figure", "figure.svg"], "matplotlib is not installed"),
+    ],
+)
+def test_what_can_not_be_drawn_ends_with_2(folder, cli_run, monkeypatch, arguments, message):
+    save_body("bert", "model")
+    monkeypatch.setattr(attention_pictures, "find_spec", lambda name: None)
+    code, _, log = cli_run("attention", "show", "model", *arguments)
+    assert code == 2
+    assert message in log
+    assert not list(Path().glob("*.html"))
+
+
+def test_no_text_becomes_markup():
+    tokens = ["<script>alert(1)</script>", "</script>", "<!--", "&lt;", '"', "\\", "\u2028", "@SCRIPT@"]
+    view = View("<b>", "<i>", "</script>", tokens, tokens, [0], torch.full((1, 8, 8), 0.125))
+    plain = Page(page("<h2>@DATA@", ["<img src=x>"], [view]))
+    harmless = replace(view, name="x", module="x", variant="x", rows=["x"] * 8, columns=["x"] * 8)
+    assert plain.tags == Page(page("x", ["x"], [harmless])).tags
+    assert plain.tags.count("script") == 2
+    assert (plain.views[0]["rows"], plain.views[0]["name"]) == (tokens, "<b>")
+    assert plain.parts["h1"].strip() == "<h2>@DATA@"
+    assert "<img src=x>" in plain.parts["p"]
+    assert "innerHTML" not in plain.parts["script"]
+
+
+def test_a_page_asks_for_nothing_else():
+    view = View("a", "b", "full", ["x"], ["x"], [0], torch.ones(1, 1, 1))
+    text = page("a", [], [view])
+    assert "default-src 'none'" in text
+    assert not any(sign in text for sign in ("http:", "https:", "//cdn", "src=", "href=", "@import", "url("))
+
+
+def test_weights_that_are_no_shares_are_not_packed():
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="outside of 0 and 1"):
+            page("a", [], [View("a", "b", "full", ["x"], ["x"], [0], torch.full((1, 1, 1), wrong))])
+
+
+def test_a_token_reads_as_text_or_by_its_name():
+    @dataclass
+    class Bytes:
+        def decode(self, ids):
+            return {0: " the", 1: "\ufffd", 2: "", 3: ""}[ids[0]]
+
+        def convert_ids_to_tokens(self, i):
+            return {0: "Ġthe", 1: "æ", 2: "▁", 3: None}[i]
+
+    assert attention_show._pieces(Bytes(), torch.arange(4)) == ["the", "æ", "▁", "id 3"]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
+def test_a_figure_is_drawn_and_the_same_each_time(folder, cli_run, suffix):
+    pytest.importorskip("matplotlib")
+    save_body("bert", "model")
+    for name in ("one", "two"):
+        code, _, log = cli_run("attention", "show", "model", TEXT, "--figure", f"{name}.{suffix}")
+        assert code == 0, log
+    assert Path(f"one.{suffix}").read_bytes() == Path(f"two.{suffix}").read_bytes()
+    if suffix == "svg":
+        assert ">encoder.self[1]<" in Path("one.svg").read_text()
+
+
+def test_a_token_is_no_formula_in_a_figure(folder):
+    pytest.importorskip("matplotlib")
+    tokens = ["$x_$", "<b>"]
+    views = [View("a", "b", "full", tokens, tokens, [0], torch.full((1, 2, 2), 0.5))] * 5
+    draw_figure(Path("a.svg"), [*views, replace(views[0], weights_HNM=None)])
+    text = Path("a.svg").read_text()
+    assert text.count(">$x_$<") == 10
+    assert "&lt;b&gt;" in text
