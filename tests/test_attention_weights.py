@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from attention_samples import each_sample, make
+from attention_samples import each_sample, make, make_mask, make_tensors
 from tiny_families import DECODERS, SEQ2SEQ, make_model
 from transformers import AutoModel
 
 from attention.options import Plan
+from attention.scoring import Scoring
 from attention.seam import install, recorded, sites_of
 from attention.tiled import Extent, tile_side
 
@@ -85,3 +86,24 @@ def test_work_is_what_the_tiles_hold(name, settings, causal):
 def test_full_attention_works_on_every_pair():
     assert dataclasses.astuple(make("full", {}).work(6, 2, causal=False)) == (36, 36)
     assert dataclasses.astuple(make("full", {}).work(6, 2, causal=True)) == (21, 21)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("name", "settings"), each_sample())
+@torch.no_grad()
+def test_weights_are_those_of_a_padded_batch(name, settings, causal):
+    """Of any variant that gives a table."""
+    variant, mask = make(name, settings), make_mask(causal=causal)
+    groups = 1 if name == "full" else 2  # which goes by its module's, and here has none
+    query, key, value = make_tensors(groups=groups)
+    scoring = Scoring(0.4)
+    if not hasattr(variant, "weights"):
+        pytest.skip("gives no table")
+    weights = variant.weights(query, key, mask, scoring)
+    assert weights.shape == (2, 4, 150, 150)
+    assert bool((weights >= 0).all())
+    real = torch.ones(2, 150, dtype=torch.bool)
+    real[0, -30:], real[1, :20] = False, False
+    out = weights @ value.repeat_interleave(groups, dim=1)
+    difference = (out - variant(query, key, value, mask, scoring)).transpose(1, 2)[real]
+    assert float(difference.abs().max()) <= 1e-10
