@@ -16,7 +16,15 @@ from rich.text import Text
 
 from attention import VARIANTS
 from attention.options import ROLES, AnyOptions, Plan
-from attention.seam import choose, describe_options, refuse_idle_places, refuse_no_place, sites_of, try_out
+from attention.seam import (
+    choose,
+    describe_options,
+    refuse_beyond,
+    refuse_idle_places,
+    refuse_no_place,
+    sites_of,
+    try_out,
+)
 from attention.variant import Site, Work, all_pairs
 from heedful import UserError
 from pipelines import config as configuration
@@ -137,6 +145,7 @@ def _find(plan: Plan, site: Site, length: int, heads: int) -> Finding:
     wanted, causal = plan.at(site.role, site.layer), site.role == "decoder.self"
     try:
         options = choose(plan, site)
+        refuse_beyond([site], [options])
         variant: Any = VARIANTS[options.variant].load()(options, site)
     except UserError as error:
         return Finding(site, wanted, refusal=error)

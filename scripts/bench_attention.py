@@ -29,7 +29,7 @@ from attention import VARIANTS
 from attention.masks import LazyMask
 from attention.options import Plan
 from attention.scoring import Scoring
-from attention.variant import Call, Site
+from attention.variant import Needs, Site
 from scripts.bench_peer import PACKAGES, _cpu, _table
 
 HEADS, WIDTH, DROPOUT, LONGEST = 4, 64, 0.1, 2**14
@@ -50,7 +50,7 @@ def attend_by(name: str, dropout: float) -> Attend:
     options = Plan.model_validate({"variant": name, **SETTINGS.get(name, {})}).at("encoder.self", 0)
     module: Any = torch.nn.Identity()
     module.config = SimpleNamespace(max_position_embeddings=LONGEST)
-    variant = VARIANTS[name].load()(options, Site("", "encoder.self", 0, module, Call(HEADS, HEADS, WIDTH)))
+    variant = VARIANTS[name].load()(options, Site("", "encoder.self", 0, module, Needs(HEADS, HEADS, WIDTH)))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]

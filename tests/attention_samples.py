@@ -10,7 +10,7 @@ from attention import VARIANTS
 from attention.masks import LazyMask
 from attention.options import Plan
 from attention.seam import CHILD, install
-from attention.variant import Call, Site
+from attention.variant import Needs, Site
 
 SAMPLES = {
     "full": [{}],
@@ -59,7 +59,7 @@ def make(name, settings, *, layer=0, positions=4096, tiled=True):
     options = Plan.model_validate({"variant": name, **settings}).at("encoder.self", layer)
     module = torch.nn.Identity()
     module.config = SimpleNamespace(max_position_embeddings=positions)
-    variant = VARIANTS[name].load()(options, Site("", "encoder.self", layer, module, Call(4, 2, 8)))
+    variant = VARIANTS[name].load()(options, Site("", "encoder.self", layer, module, Needs(4, 2, 8)))
     return keep_tiled(variant) if tiled else variant
 
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from attention.options import Plan
 from attention.seam import CHILD, NAME, attend, describe, find_sites, install, mark, remove, stored_plan
-from attention.variant import Call
+from attention.variant import Needs
 from heedful import UserError
 from training.models import load_model
 from training.warm_start import join_encoders
@@ -69,15 +69,15 @@ def test_sites_are_found_by_what_runs(family, sites):
 @pytest.mark.parametrize(
     ("family", "calls"),
     [
-        ("bert", [Call(2, 2, 8), Call(2, 2, 8)]),
-        ("modernbert", [Call(2, 2, 8), Call(2, 2, 8, rules=True)]),
-        ("gemma2", [Call(2, 1, 8, softcap=True, rules=True)] * 2),
-        ("t5", [Call(2, 2, 8, bias=True), Call(2, 2, 8, bias=True, rules=True), Call(2, 2, 8)]),
+        ("bert", [Needs(2, 2, 8), Needs(2, 2, 8)]),
+        ("modernbert", [Needs(2, 2, 8), Needs(2, 2, 8, rules=True)]),
+        ("gemma2", [Needs(2, 1, 8, softcap=True, rules=True)] * 2),
+        ("t5", [Needs(2, 2, 8, bias=True), Needs(2, 2, 8, bias=True, rules=True), Needs(2, 2, 8)]),
     ],
 )
 def test_what_a_site_asks_for_is_seen(family, calls):
     """T5's cross-attention adds a table of zeros, and asks for nothing."""
-    assert [site.call for site in find_sites(make_model(family, AutoModel))] == calls
+    assert [site.needs for site in find_sites(make_model(family, AutoModel))] == calls
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_a_site_asks_for_is_seen(family, calls):
         ("modernbert", "linformer", "encoder.self[1], which masks more than padding", "one of: full, blockwise"),
         ("t5", "additive", "encoder.self[0], which adds a bias to its scores", "one of: full, blockwise"),
         ("gemma2", "additive", "decoder.self[0], which caps its scores", "one of: full, blockwise"),
-        ("llama", "linformer", "no place for it", "it at encoder.self, and of decoder.self[0-1]"),
+        ("llama", "linformer", "no place for linformer in this model: decoder.self[0-1]", "a model with encoder.self"),
     ],
 )
 def test_a_variant_that_can_not_do_what_a_site_asks_for_is_refused_before_it_goes_in(family, values, message, expected):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_samples import each_sample, make, make_mask, make_tensors
+from attention_samples import NO_PATTERN, each_sample, make, make_mask, make_tensors
 from tiny_families import DECODERS, SEQ2SEQ, make_model
 from transformers import AutoModel
 
@@ -68,7 +68,7 @@ def test_a_model_without_a_plan_is_as_before_once_it_was_recorded():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("name", "settings"), [s for s in each_sample() if s[0] != "full"])
+@pytest.mark.parametrize(("name", "settings"), [s for s in each_sample() if s[0] not in NO_PATTERN])
 def test_work_is_what_the_tiles_hold(name, settings, causal):
     variant, length = make(name, settings), 333
     work = variant.work(length, heads=2, causal=causal)
