@@ -96,7 +96,7 @@ def draw_figure(path: Path, views: Sequence[View]) -> None:
     with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "heedful", "font.size": 7}):
         figure = Figure(figsize=(2.6 * columns + 0.6, 2.6 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        image = None
+        image: Any = None
         for (view, mean), panel in zip(means, panels, strict=False):
             image = panel.imshow(mean.numpy(), cmap="Blues", vmin=0, vmax=top)
             panel.set_title(view.name)

@@ -19,6 +19,7 @@ PLANS = {
     "blockwise": "blockwise",
     "sliding_window": {"variant": "sliding_window", "reach": 3},
 }
+NO_TABLE = ("linformer", "additive")
 
 
 def run(family, plan, *, tiled):
@@ -89,16 +90,13 @@ def test_full_attention_works_on_every_pair():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("name", "settings"), each_sample())
+@pytest.mark.parametrize(("name", "settings"), [s for s in each_sample() if s[0] not in NO_TABLE])
 @torch.no_grad()
 def test_weights_are_those_of_a_padded_batch(name, settings, causal):
-    """Of any variant that gives a table."""
     variant, mask = make(name, settings), make_mask(causal=causal)
     groups = 1 if name == "full" else 2  # which goes by its module's, and here has none
     query, key, value = make_tensors(groups=groups)
     scoring = Scoring(0.4)
-    if not hasattr(variant, "weights"):
-        pytest.skip("gives no table")
     weights = variant.weights(query, key, mask, scoring)
     assert weights.shape == (2, 4, 150, 150)
     assert bool((weights >= 0).all())
