@@ -56,5 +56,6 @@ VARIANTS: dict[str, VariantEntry] = {
         "attention.variants.linformer:make", ("encoder.self",), bias=False, softcap=False, rules=False
     ),
     "additive": VariantEntry("attention.variants.additive:make", bias=False, softcap=False),
+    "grouped_query": VariantEntry("attention.variants.grouped_query:make"),
 }
 """Settings of each are in ``attention.options``."""

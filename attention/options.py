@@ -91,6 +91,14 @@ class AdditiveOptions(VariantOptions):
     variant: Literal["additive"]
 
 
+class GroupedQueryOptions(VariantOptions):
+    """Several key/value heads are taken as one, their mean."""
+
+    variant: Literal["grouped_query"]
+    kv_heads: int = Field(default=1, ge=1)
+    """How many are left; a divisor of the model's."""
+
+
 AnyOptions = (
     FullOptions
     | BlockwiseOptions
@@ -100,6 +108,7 @@ AnyOptions = (
     | StridedOptions
     | LinformerOptions
     | AdditiveOptions
+    | GroupedQueryOptions
 )
 
 

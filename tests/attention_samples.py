@@ -21,6 +21,7 @@ SAMPLES = {
     "strided": [{"stride": 16}, {"stride": 70}],
     "linformer": [{"k": 16}, {"k": 100}],
     "additive": [{}],
+    "grouped_query": [{"kv_heads": 1}, {"kv_heads": 2}],
 }
 NEUTRAL = {
     "full": {},
@@ -30,19 +31,29 @@ NEUTRAL = {
     "block_sparse": {"window_blocks": 999},
     "strided": {"stride": 10_000},
     "linformer": {"k": 10_000},
+    "grouped_query": {"kv_heads": None},
 }
-"""Settings in which a variant is full attention."""
+"""Settings in which a variant is full attention; None is what the model itself has."""
 NARROW = {
     "sliding_window": {"reach": 3},
     "local_global": {"reach": 3},
     "block_sparse": {"block_size": 4, "window_blocks": 1, "global_blocks": 1, "random_blocks": 1},
     "strided": {"stride": 5},
+    "grouped_query": {"kv_heads": 1},
 }
-"""Settings in which a text of some thirty tokens is not seen whole."""
+"""Settings in which a text of some thirty tokens is not seen whole, or not by all heads."""
 NEVER_NEUTRAL = ("additive",)
-NO_PATTERN = ("full", "linformer", "additive")
+NO_PATTERN = ("full", "linformer", "additive", "grouped_query")
 """Those that are no pattern over the engine."""
-DECODERS = ("blockwise", "sliding_window", "local_global", "block_sparse", "strided", "additive")
+DECODERS = (
+    "blockwise",
+    "sliding_window",
+    "local_global",
+    "block_sparse",
+    "strided",
+    "additive",
+    "grouped_query",
+)
 REFUSED = {
     "linformer": ("modernbert", "llama", "gpt2", "mistral", "gemma2", "qwen3", "t5", "mt5"),
     "additive": ("gemma2", "t5", "mt5"),
@@ -54,12 +65,18 @@ def each_sample():
     return [(name, settings) for name, samples in SAMPLES.items() for settings in samples]
 
 
-def make(name, settings, *, layer=0, positions=4096, tiled=True):
+def neutral(name, model):
+    """Settings in which a variant is full attention in this model."""
+    own = {"kv_heads": getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)}
+    return {key: own[key] if value is None else value for key, value in NEUTRAL[name].items()}
+
+
+def make(name, settings, *, role="encoder.self", layer=0, positions=4096, tiled=True):
     """A variant for a site of ``make_tensors``; ``tiled`` keeps it from leaving short texts to torch's kernel."""
-    options = Plan.model_validate({"variant": name, **settings}).at("encoder.self", layer)
+    options = Plan.model_validate({"variant": name, **settings}).at(role, layer)
     module = torch.nn.Identity()
     module.config = SimpleNamespace(max_position_embeddings=positions)
-    variant = VARIANTS[name].load()(options, Site("", "encoder.self", layer, module, Needs(4, 2, 8)))
+    variant = VARIANTS[name].load()(options, Site("", role, layer, module, Needs(4, 2, 8)))
     return keep_tiled(variant) if tiled else variant
 
 

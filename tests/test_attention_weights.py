@@ -19,7 +19,7 @@ PLANS = {
     "blockwise": "blockwise",
     "sliding_window": {"variant": "sliding_window", "reach": 3},
 }
-NO_TABLE = ("linformer", "additive")
+NO_TABLE = ("linformer", "additive", "grouped_query")
 
 
 def run(family, plan, *, tiled):
