@@ -56,6 +56,7 @@ VARIANTS: dict[str, VariantEntry] = {
         "attention.variants.linformer:make", ("encoder.self",), bias=False, softcap=False, rules=False
     ),
     "additive": VariantEntry("attention.variants.additive:make", bias=False, softcap=False),
+    "adaptive_span": VariantEntry("attention.variants.adaptive_span:make", AROUND),
     "grouped_query": VariantEntry("attention.variants.grouped_query:make"),
 }
 """Settings of each are in ``attention.options``."""

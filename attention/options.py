@@ -91,6 +91,16 @@ class AdditiveOptions(VariantOptions):
     variant: Literal["additive"]
 
 
+class AdaptiveSpanOptions(VariantOptions):
+    """Each head learns how far it looks."""
+
+    variant: Literal["adaptive_span"]
+    max_span: int = Field(default=1024, ge=1)
+    """As far as any head may look, and all do at first."""
+    ramp: int = Field(default=32, ge=2)
+    """Tokens over which the weights fade beyond the span; with fewer than two a span could lie where none feels it."""
+
+
 class GroupedQueryOptions(VariantOptions):
     """Several key/value heads are taken as one, their mean."""
 
@@ -108,6 +118,7 @@ AnyOptions = (
     | StridedOptions
     | LinformerOptions
     | AdditiveOptions
+    | AdaptiveSpanOptions
     | GroupedQueryOptions
 )
 

@@ -36,6 +36,7 @@ HEADS, WIDTH, DROPOUT, LONGEST = 4, 64, 0.1, 2**14
 SETTINGS: dict[str, dict[str, Any]] = {
     "sliding_window": {"reach": 256},
     "local_global": {"reach": 256},
+    "adaptive_span": {"max_span": 224},
     "grouped_query": {"kv_heads": 2},
 }
 """What is measured where it is not the default."""

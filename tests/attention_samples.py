@@ -21,6 +21,7 @@ SAMPLES = {
     "strided": [{"stride": 16}, {"stride": 70}],
     "linformer": [{"k": 16}, {"k": 100}],
     "additive": [{}],
+    "adaptive_span": [{"max_span": 20, "ramp": 7}, {"max_span": 300}],
     "grouped_query": [{"kv_heads": 1}, {"kv_heads": 2}],
 }
 NEUTRAL = {
@@ -31,6 +32,7 @@ NEUTRAL = {
     "block_sparse": {"window_blocks": 999},
     "strided": {"stride": 10_000},
     "linformer": {"k": 10_000},
+    "adaptive_span": {"max_span": 10_000},
     "grouped_query": {"kv_heads": None},
 }
 """Settings in which a variant is full attention; None is what the model itself has."""
@@ -39,11 +41,12 @@ NARROW = {
     "local_global": {"reach": 3},
     "block_sparse": {"block_size": 4, "window_blocks": 1, "global_blocks": 1, "random_blocks": 1},
     "strided": {"stride": 5},
+    "adaptive_span": {"max_span": 3, "ramp": 2},
     "grouped_query": {"kv_heads": 1},
 }
 """Settings in which a text of some thirty tokens is not seen whole, or not by all heads."""
 NEVER_NEUTRAL = ("additive",)
-NO_PATTERN = ("full", "linformer", "additive", "grouped_query")
+NO_PATTERN = ("full", "linformer", "additive", "adaptive_span", "grouped_query")
 """Those that are no pattern over the engine."""
 DECODERS = (
     "blockwise",
@@ -52,6 +55,7 @@ DECODERS = (
     "block_sparse",
     "strided",
     "additive",
+    "adaptive_span",
     "grouped_query",
 )
 REFUSED = {

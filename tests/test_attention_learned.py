@@ -267,6 +267,7 @@ def test_a_variant_that_can_not_be_made_leaves_the_model_as_it_was(monkeypatch):
 SAVED = {
     "linformer": ("bert", PLANS["linformer"]),
     "additive": ("bert", PLANS["additive"]),
+    "adaptive_span": ("bert", {"variant": "adaptive_span", "max_span": 8, "ramp": 4}),
     "both": ("bart", {"encoder.self": PLANS["linformer"], "decoder.self": "additive", "cross": "additive"}),
 }
 

@@ -171,7 +171,7 @@ def test_packed_texts_do_not_see_each_other(name):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    takers(["bert", "llama", "t5"], ["blockwise", "strided", "linformer", "additive"]),
+    takers(["bert", "llama", "t5"], ["blockwise", "strided", "linformer", "additive", "adaptive_span"]),
 )
 def test_recomputing_activations_repeats_the_dropout(family, name):
     plan = {"variant": name, **CHANGING.get(name, {})}

@@ -141,7 +141,7 @@ def test_the_update_does_not_depend_on_the_micro_batches_with_another_attention(
     """Padding and packed texts differ from split to split: a pattern must go by the row, not by the batch."""
     whole = make_updates(task_name, "sgd", attention=ATTENTION[attention], **WHOLE)
     full = make_updates(task_name, "sgd", **WHOLE)
-    assert (whole["change"] - full["change"]).norm() > 1e-3 * full["change"].norm()
+    assert whole["grad_norm"] != pytest.approx(full["grad_norm"], rel=1e-4), "it is another attention"
     for split in SPLITS.values():
         assert_same(make_updates(task_name, "sgd", attention=ATTENTION[attention], **split), whole)
 

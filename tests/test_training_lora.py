@@ -213,7 +213,12 @@ def test_named_modules_are_taken_and_unknown_ones_refused(bodies):
 
 
 @pytest.mark.parametrize(
-    ("values", "learned"), [({"variant": "linformer", "k": 8}, "EF"), ({"variant": "additive"}, "WUv")]
+    ("values", "learned"),
+    [
+        ({"variant": "linformer", "k": 8}, ["E", "F"]),
+        ({"variant": "additive"}, ["W", "U", "v"]),
+        ({"variant": "adaptive_span", "max_span": 1, "ramp": 4}, ["span"]),
+    ],
 )
 def test_what_an_attention_variant_learns_is_trained_and_saved_with_the_adapter(values, learned, bodies, tmp_path):
     task, _, features = make_task("classification")
