@@ -57,6 +57,7 @@ VARIANTS: dict[str, VariantEntry] = {
     ),
     "additive": VariantEntry("attention.variants.additive:make", bias=False, softcap=False),
     "adaptive_span": VariantEntry("attention.variants.adaptive_span:make", AROUND),
+    "lsh": VariantEntry("attention.variants.lsh:make", AROUND, bias=False, softcap=False),
     "grouped_query": VariantEntry("attention.variants.grouped_query:make"),
 }
 """Settings of each are in ``attention.options``."""

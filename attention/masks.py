@@ -126,3 +126,26 @@ class LazyMask(BlockMask):
             real_B11m = self.padding_BM[:, None, None, keys_m]
             allowed = real_B11m if allowed is None else allowed & real_B11m
         return allowed
+
+    def pairs(self, queries: Tensor, keys: Tensor, *, below_diagonal: bool) -> Tensor | None:
+        """Which pairs are allowed, of indices that are others in each row.
+
+        Args:
+            queries: [B, ..., n].
+            keys: [B, ..., m].
+            below_diagonal: Whether none of these keys stands after any query that it is paired with.
+
+        Returns:
+            Bool that broadcasts to [B, ..., n, m]; None for all.
+        """
+        allowed = None
+        rows = torch.arange(self._size[0], device=keys.device).view(-1, *[1] * keys.ndim)
+        q_n1, k_1m = queries[..., :, None] + self.q_offset, keys[..., None, :] + self.kv_offset
+        if self.causal and not below_diagonal:
+            allowed = k_1m <= q_n1
+        elif not self.causal and not self.only_padding:
+            allowed = self._rule(rows, torch.zeros_like(rows), q_n1, k_1m)
+        if self.padding_BM is not None:
+            real_1m = self.padding_BM[rows, keys[..., None, :]]
+            allowed = real_1m if allowed is None else allowed & real_1m
+        return allowed

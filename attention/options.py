@@ -101,6 +101,18 @@ class AdaptiveSpanOptions(VariantOptions):
     """Tokens over which the weights fade beyond the span; with fewer than two a span could lie where none feels it."""
 
 
+class LshOptions(VariantOptions):
+    """A query sees the keys that its hash leads to."""
+
+    variant: Literal["lsh"]
+    cluster_size: int = Field(default=128, ge=1)
+    """Keys that a query sees in each round."""
+    rounds: int = Field(default=4, ge=1)
+    buckets: int = Field(default=32, ge=2, le=64, multiple_of=2)
+    """Values of a hash: directions and their opposites. More than that find little more, and cost their square."""
+    seed: int = Field(default=0, ge=0)
+
+
 class GroupedQueryOptions(VariantOptions):
     """Several key/value heads are taken as one, their mean."""
 
@@ -119,6 +131,7 @@ AnyOptions = (
     | LinformerOptions
     | AdditiveOptions
     | AdaptiveSpanOptions
+    | LshOptions
     | GroupedQueryOptions
 )
 

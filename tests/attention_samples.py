@@ -22,6 +22,7 @@ SAMPLES = {
     "linformer": [{"k": 16}, {"k": 100}],
     "additive": [{}],
     "adaptive_span": [{"max_span": 20, "ramp": 7}, {"max_span": 300}],
+    "lsh": [{"cluster_size": 16, "rounds": 3, "buckets": 8}, {"cluster_size": 5, "rounds": 2}],
     "grouped_query": [{"kv_heads": 1}, {"kv_heads": 2}],
 }
 NEUTRAL = {
@@ -33,6 +34,7 @@ NEUTRAL = {
     "strided": {"stride": 10_000},
     "linformer": {"k": 10_000},
     "adaptive_span": {"max_span": 10_000},
+    "lsh": {"cluster_size": 10_000},
     "grouped_query": {"kv_heads": None},
 }
 """Settings in which a variant is full attention; None is what the model itself has."""
@@ -42,11 +44,12 @@ NARROW = {
     "block_sparse": {"block_size": 4, "window_blocks": 1, "global_blocks": 1, "random_blocks": 1},
     "strided": {"stride": 5},
     "adaptive_span": {"max_span": 3, "ramp": 2},
+    "lsh": {"cluster_size": 3, "rounds": 2, "buckets": 4},
     "grouped_query": {"kv_heads": 1},
 }
 """Settings in which a text of some thirty tokens is not seen whole, or not by all heads."""
 NEVER_NEUTRAL = ("additive",)
-NO_PATTERN = ("full", "linformer", "additive", "adaptive_span", "grouped_query")
+NO_PATTERN = ("full", "linformer", "additive", "adaptive_span", "lsh", "grouped_query")
 """Those that are no pattern over the engine."""
 DECODERS = (
     "blockwise",
@@ -58,9 +61,11 @@ DECODERS = (
     "adaptive_span",
     "grouped_query",
 )
+"""Those that give with a cache what they give without; lsh attends to all of a cache."""
 REFUSED = {
     "linformer": ("modernbert", "llama", "gpt2", "mistral", "gemma2", "qwen3", "t5", "mt5"),
     "additive": ("gemma2", "t5", "mt5"),
+    "lsh": ("gemma2", "t5", "mt5"),
 }
 """Families that ask for what a variant can not do."""
 

@@ -242,6 +242,8 @@ def test_half_precision_is_near(name):
         ("additive", {"scoring": {"bias": torch.zeros(4, 299)}}, ValueError, "with a bias"),
         ("additive", {"scoring": {"softcap": 30.0}}, ValueError, "with a soft cap"),
         ("additive", {"keys": 2049}, UserError, "2,049 keys"),
+        ("lsh", {"scoring": {"bias": torch.zeros(4, 299)}}, ValueError, "with a bias"),
+        ("lsh", {"scoring": {"softcap": 30.0}}, ValueError, "with a soft cap"),
     ],
 )
 def test_what_a_variant_can_not_honour_is_refused_when_it_is_called(name, changed, error, message):

@@ -104,7 +104,7 @@ def test_a_padded_row_answers_as_it_does_alone(family, name):
     torch.testing.assert_close(together.view(-1), answers(model, alone).view(-1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "name"), takers(["llama", "gpt2", "mistral", "gemma2"], DECODERS))
+@pytest.mark.parametrize(("family", "name"), takers(["llama", "gpt2", "mistral", "gemma2"], [*DECODERS, "lsh"]))
 def test_a_causal_model_is_blind_to_the_future(family, name):
     plan = {"variant": name, **CHANGING.get(name, {})}
     model = swapped(make_model(family, AutoModelForCausalLM), plan, trained=True)
@@ -171,7 +171,7 @@ def test_packed_texts_do_not_see_each_other(name):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    takers(["bert", "llama", "t5"], ["blockwise", "strided", "linformer", "additive", "adaptive_span"]),
+    takers(["bert", "llama", "t5"], ["blockwise", "strided", "linformer", "additive", "adaptive_span", "lsh"]),
 )
 def test_recomputing_activations_repeats_the_dropout(family, name):
     plan = {"variant": name, **CHANGING.get(name, {})}

@@ -349,7 +349,9 @@ def test_an_attention_that_goes_by_blocks_of_the_pack_is_refused():
     model = make_model("llama", AutoModelForCausalLM)
     swap(model, {"variant": "sliding_window", "reach": 3})
     task.prepare_model(model)
-    swap(model, {"variant": "block_sparse", "block_size": 8, "window_blocks": 1, "random_blocks": 0})
-    with pytest.raises(UserError, match="packed behind another"):
-        task.prepare_model(model)
+    blocks = {"variant": "block_sparse", "block_size": 8, "window_blocks": 1, "random_blocks": 0}
+    for by_blocks in (blocks, {"variant": "lsh", "cluster_size": 3, "rounds": 1}):
+        swap(model, by_blocks)
+        with pytest.raises(UserError, match="packed behind another"):
+            task.prepare_model(model)
     replace(task, options=GenerationOptions(packing=False)).prepare_model(model)
