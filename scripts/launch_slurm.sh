@@ -8,7 +8,9 @@
 set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?run this by sbatch}"
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not by a pipe to `head`, which closes early: pipefail would then end the job of a scontrol still writing.
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 exec srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \

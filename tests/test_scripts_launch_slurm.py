@@ -20,7 +20,7 @@ def test_the_script_is_bash():
 
 
 def test_the_script_starts_one_agent_a_node(tmp_path):
-    for name, text in {"srun": 'echo "$@"', "scontrol": "echo first; echo second"}.items():
+    for name, text in {"srun": 'echo "$@"', "scontrol": "echo first; sleep 0.2; echo second"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "n[1-2]", "JOB_ID": "7", "NNODES": "2", "GPUS_ON_NODE": "4"}
