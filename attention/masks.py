@@ -5,7 +5,7 @@ Shapes: B rows, N queries, M keys; n and m those of a tile.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,22 @@ from transformers.masking_utils import (
     prepare_padding_mask,
     sdpa_mask,
 )
+
+
+class Cut(NamedTuple):
+    """Some rows of a batch, without the padding before their texts.
+
+    Args:
+        mask: Theirs, with positions counted from the first token.
+        rows: Which ones.
+        first_query: The first of their queries that is no such padding.
+        first_key: The first of their keys.
+    """
+
+    mask: LazyMask
+    rows: Tensor
+    first_query: int
+    first_key: int
 
 
 class LazyMask(BlockMask):
@@ -33,6 +49,10 @@ class LazyMask(BlockMask):
         mask_function: ``(row, head, query position, key position) -> bool``, of tensors that broadcast.
         attention_mask: False on padding, by row and key position.
         others: Further arguments of ``sdpa_mask``.
+
+    Attributes:
+        padding_BM: False on padding, by key; None without any.
+        starts_B: Position of the first token of each row; None where all rows begin at once.
     """
 
     def __init__(
@@ -55,6 +75,7 @@ class LazyMask(BlockMask):
         if self.padding_BM is not None and bool(self.padding_BM.all()):
             self.padding_BM = None
         self._never_padding_M = None if self.padding_BM is None else self.padding_BM.all(dim=0)
+        self.starts_B = _starts(attention_mask)  # a window's cache may have dropped the padding
         self._attention_mask = attention_mask
         self._dense: Tensor | None = None
         self._is_made = False
@@ -80,6 +101,32 @@ class LazyMask(BlockMask):
     def contiguous(self) -> LazyMask:
         """Itself; ``generate`` asks it of every mask."""
         return self
+
+    def without_start(self, start: int) -> Cut:
+        """This mask for the rows whose text begins at position ``start``, counted from there."""
+        assert self.starts_B is not None
+        rows = (self.starts_B == start).nonzero()[:, 0]
+        first_query, first_key = max(0, start - self.q_offset), max(0, start - self.kv_offset)
+        rule = self._rule
+        if not (self.causal or self.only_padding):  # those ask for no more than the distance
+
+            def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return self._rule(rows.to(row.device)[row], head, query + start, key + start)  # type: ignore[no-any-return]
+
+        kv_offset, keys = self.kv_offset + first_key - start, self._size[3] - first_key
+        real_BM = rows.new_ones(len(rows), keys).bool()
+        if self.padding_BM is not None:
+            real_BM = self.padding_BM[rows, first_key:]
+        mask = LazyMask(
+            batch_size=len(rows),
+            q_length=self._size[2] - first_query,
+            kv_length=keys,
+            q_offset=self.q_offset + first_query - start,
+            kv_offset=kv_offset,
+            mask_function=rule,
+            attention_mask=torch.cat([real_BM.new_ones(len(rows), kv_offset), real_BM], dim=1),
+        )
+        return Cut(mask, rows, first_query, first_key)
 
     def dense(self) -> Tensor | None:
         """The whole table as transformers' own SDPA takes it, bool [B, 1, N, M]; None where SDPA needs none."""
@@ -149,3 +196,9 @@ class LazyMask(BlockMask):
             real_1m = self.padding_BM[rows, keys[..., None, :]]
             allowed = real_1m if allowed is None else allowed & real_1m
         return allowed
+
+
+def _starts(real_BP: Tensor | None) -> Tensor | None:
+    """By row and position; of a row of padding alone, 0."""
+    starts_B = None if real_BP is None else real_BP.long().argmax(dim=1)
+    return starts_B if starts_B is not None and bool(starts_B.any()) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,6 +25,15 @@ class Scoring:
     dropout: float = 0.0
     bias: Tensor | None = None
     softcap: float | None = None
+
+    def of(self, rows: Tensor, queries: slice, keys: slice) -> Scoring:
+        """The same for some rows, and for the queries and keys from some on."""
+        if self.bias is None:
+            return self
+        if self.bias.ndim == 2:  # its first entry is that of the last query and the first key
+            return replace(self, bias=self.bias[:, keys.start : self.bias.shape[1] - queries.start])
+        bias = self.bias if len(self.bias) == 1 else self.bias[rows]
+        return replace(self, bias=bias[:, :, queries, keys])
 
     def require_plain(self, name: str) -> None:
         """For a variant whose scores nothing may be done to; installed in a model, it is refused before it is called.

@@ -59,8 +59,13 @@ class Pattern(Protocol):
         """Keys up to which torch's own kernel over the whole table is faster; measured, see docs/attention.md."""
         ...
 
+    @property
+    def counts(self) -> bool:
+        """Whether it goes by positions, not by distances alone: padding before a text would move what it sees."""
+        ...
+
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """Which pairs count, of positions [n, 1] and [1, m]; None is all."""
+        """Which pairs count, of positions [..., n, 1] and [..., 1, m] from the first token; None is all."""
         ...
 
     def visits(self, extent: Extent) -> Sequence[Visit]:
@@ -85,6 +90,8 @@ class Tiled(nn.Module):
         plain = not scoring.dropout and scoring.softcap is None and scoring.bias is None
         if plain and keys <= self.pattern.sdpa_below:
             return self._by_sdpa(query, key, value, mask, scoring.scaling)
+        if self.pattern.counts and mask.starts_B is not None:
+            return self._by_start(query, key, value, mask, scoring)
         extent = Extent(queries, keys + mask.kv_offset, mask.q_offset, mask.causal, tile_side(rows * heads))
         visits = [kept for visit in self.pattern.visits(extent) if (kept := visit.after(mask.kv_offset)).keys]
         return tiled_attention(query, key, value, mask, visits, scoring)
@@ -100,6 +107,17 @@ class Tiled(nn.Module):
     def extra_repr(self) -> str:
         """The pattern."""
         return str(self.pattern)
+
+    def _by_start(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """Rows with as much padding before their texts together, and without it."""
+        assert mask.starts_B is not None
+        output = query.new_zeros(*query.shape[:3], value.shape[-1])
+        for start in sorted(set(mask.starts_B.tolist())):
+            part, rows, first_query, first_key = mask.without_start(start)
+            queries, keys = slice(first_query, query.shape[2]), slice(first_key, key.shape[2])
+            q, k, v = query[rows][:, :, queries], key[rows][:, :, keys], value[rows][:, :, keys]
+            output[rows, :, queries] = self(q, k, v, part, scoring.of(rows, queries, keys))
+        return output
 
     def _by_sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scaling: float) -> Tensor:
         allowed, attend = (
@@ -154,8 +172,13 @@ def _indices(piece: slice) -> Tensor:
 def seen_pairs(pattern: Pattern, mask: LazyMask, device: torch.device) -> Tensor | None:
     """The whole table of the pairs that count and are allowed, bool that broadcasts to [B, 1, N, M]; None for all."""
     allowed, (queries, keys) = mask.table(device), mask.shape[2:]
-    rows, columns = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    seen = pattern.sees(rows[:, None] + mask.q_offset, columns[None, :] + mask.kv_offset)
+    q_N1 = torch.arange(queries, device=device)[:, None] + mask.q_offset
+    k_1M = torch.arange(keys, device=device)[None, :] + mask.kv_offset
+    if pattern.counts and mask.starts_B is not None:
+        starts_B111 = mask.starts_B.to(device)[:, None, None, None]
+        q_N1, k_1M = q_N1 - starts_B111, k_1M - starts_B111
+    seen = pattern.sees(q_N1.clamp(min=0), k_1M.clamp(min=0))
     if seen is None:
         return allowed
-    return seen[None, None] if allowed is None else allowed & seen
+    seen = (seen & (q_N1 >= 0)).view(-1, 1, queries, keys)  # padding before a text sees nothing
+    return seen if allowed is None else allowed & seen

@@ -149,6 +149,24 @@ def test_decoding_with_a_cache_gives_what_decoding_without_gives(family, name):
     assert torch.equal(beams, model.generate(**inputs, **settings, num_beams=3, use_cache=False))
 
 
+STARTS = [(name, NARROW[name]) for name in DECODERS if name in NARROW]
+STARTS += [("sliding_window", {"reach": 3, "global_tokens": [0, 2]})]
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_row_padded_at_its_start_decodes_as_it_does_alone(family, tiled):
+    """Blocks and global tokens are counted from the first token, not from the padding before it."""
+    model, inputs = make_model(family, AutoModelForCausalLM), make_inputs(family, left=True)
+    short = {key: value[:1, 10:] for key, value in inputs.items()}
+    settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for name, narrow in STARTS:
+        swap = swapped(model, {"variant": name, **narrow}, tiled=tiled, trained=True)
+        together, alone = (swap.generate(**given, **settings, pad_token_id=0) for given in (inputs, short))
+        for one, other in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(one[:1], other, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_static_cache_gives_the_same_tokens(name):
     """generate makes the masks of such a cache early and hands them in again; see ``LazyMask``."""

@@ -46,6 +46,7 @@ class Blocks:
     horizon: int
     seed: tuple[int, ...]
     sdpa_below: int = 1024
+    counts: bool = True
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """By the blocks of the two."""

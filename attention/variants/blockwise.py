@@ -21,6 +21,7 @@ class Everything:
     """Every pair counts."""
 
     sdpa_below: int = 1024
+    counts: bool = False
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         """All."""

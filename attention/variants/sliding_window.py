@@ -25,12 +25,17 @@ class Window:
 
     Args:
         reach: How far to each side.
-        global_tokens: Numbers of the keys, counted from the first one.
+        global_tokens: Positions, counted from the first token.
     """
 
     reach: int
     global_tokens: tuple[int, ...] = ()
     sdpa_below: int = 1024
+
+    @property
+    def counts(self) -> bool:
+        """Global tokens do."""
+        return bool(self.global_tokens)
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Near, or one of the two global."""

@@ -18,6 +18,7 @@ class Strided:
 
     stride: int
     sdpa_below: int = 1024
+    counts: bool = False
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Near, or in one column."""
