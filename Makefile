@@ -66,8 +66,8 @@ format: .venv/.ready  ## Format the code and mend what the linter can
 bench-peer: .venv/.ready  ## Measure against transformers' Trainer, both sides in one run
 	$(BIN)/python -m scripts.bench_peer $(ARGS)
 
-attention: .venv/.ready  ## Measure every attention variant: time and memory beside torch's kernel, into docs/attention/
-	$(BIN)/python -m scripts.bench_attention all $(ARGS)
+attention: .venv/.ready  ## Measure every attention variant into docs/attention/ (hours; ARGS="speed" for a part)
+	$(BIN)/python -m scripts.bench_attention $(or $(ARGS),all)
 
 clean:  ## Remove caches; keeps .venv, assets and runs
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -13,29 +13,27 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from pipelines.config import load
+from scripts.reporting import interval95, preface, processor, replace_section, table, versions
 from tasks import TASKS
 
 Report = dict[str, Any]
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 SIDES = {"heedful": "heedful", "trainer": "Trainer at its best", "trainer-defaults": "Trainer's defaults"}
 SPEED_TARGETS = {("ner", "trainer"): "1.2", ("ner", "trainer-defaults"): "6"}
 QUALITY_TARGETS = {"ner": 0.866}
@@ -147,7 +145,7 @@ def measure_quality(task: str, settings: Settings) -> Section:
     reports = []
     for seed, sides in enumerate(_turns(["heedful", "trainer"], settings.seeds)):
         overrides = (*settings.overrides, f"seed={seed}")
-        reports += [_whole_run(side, task, overrides, keep=settings.keep) for side in sides]
+        reports += [whole_run(side, task, overrides, keep=settings.keep) for side in sides]
     title = f"Whole runs, {_stem(task)}: seeds 0 to {settings.seeds - 1}"
     command = f"quality --task {task} --seeds {settings.seeds}"
     return Section(f"quality-{_stem(task)}", title, command, reports, quality_tables(reports))
@@ -195,8 +193,8 @@ def speed_tables(reports: Sequence[Report]) -> str:
             ratios.append([*_ratio_row(f"peak memory, heedful / {name}", reports, side, "peak_mib"), ""])
     return "\n\n".join(
         [
-            _table(["side", "examples/s (median)", "tokens/s (median)"], medians),
-            _table(["ratio", "median", "least", "greatest", "target"], ratios),
+            table(["side", "examples/s (median)", "tokens/s (median)"], medians),
+            table(["ratio", "median", "least", "greatest", "target"], ratios),
         ]
     )
 
@@ -206,17 +204,18 @@ def quality_tables(reports: Sequence[Report]) -> str:
     headline, task = reports[0]["headline"], reports[0]["task"]
     ours, theirs = ([report["metrics"][headline] for report in _of(reports, side)] for side in ("heedful", "trainer"))
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    between = f" ({interval95(differences)})" if len(differences) > 1 else ""
     scores = [
         _score_row(f"heedful, test {headline}", ours, ".4f"),
         _score_row(f"Trainer at its best, test {headline}", theirs, ".4f"),
-        _score_row(f"difference, seed by seed{_interval95(differences)}", differences, "+.4f"),
+        _score_row(f"difference, seed by seed{between}", differences, "+.4f"),
     ]
     memory = _ratio_row("peak memory, heedful / Trainer at its best", reports, "trainer", "peak_mib")
     aim = f"\n\nAim: at least {QUALITY_TARGETS[task]}." if task in QUALITY_TARGETS else ""
     return (
-        _table(["", "mean", "least", "greatest"], scores)
+        table(["", "mean", "least", "greatest"], scores)
         + "\n\n"
-        + _table(["ratio", "median", "least", "greatest"], [memory])
+        + table(["ratio", "median", "least", "greatest"], [memory])
         + aim
     )
 
@@ -225,7 +224,7 @@ def decoding_table(reports: Sequence[Report]) -> str:
     """Ratios over the plain loop of transformers' examples, run by run."""
     figures = {"tokens/s": "tokens_per_second", "peak memory": "peak_mib"}
     rows = [_ratio_row(f"{name}, heedful / plain generate", reports, "trainer", key) for name, key in figures.items()]
-    return _table(["ratio", "median", "least", "greatest"], rows)
+    return table(["ratio", "median", "least", "greatest"], rows)
 
 
 def invariance_table(reports: Sequence[Report]) -> str:
@@ -234,19 +233,7 @@ def invariance_table(reports: Sequence[Report]) -> str:
         [SIDES[report["side"]], report["layout"], f"{report['difference']:.1e}", f"{report['ratio']:.4f}"]
         for report in reports
     ]
-    return _table(["side", "layout", "relative difference of the update", "ratio of its norm"], rows)
-
-
-def write_section(path: Path, section: Section, preface: str) -> None:
-    """Put the section between its markers in a Markdown file, or at the file's end."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    begin, end = f"<!-- {section.name} -->", f"<!-- /{section.name} -->"
-    block = f"{begin}\n### {section.title}\n\n{preface}\n\n{section.tables}\n{end}"
-    if begin in text:
-        text = re.sub(f"{begin}.*?{end}", lambda _: block, text, flags=re.DOTALL)
-    else:
-        text = f"{text.rstrip()}\n\n{block}\n".lstrip()
-    path.write_text(text, encoding="utf-8")
+    return table(["side", "layout", "relative difference of the update", "ratio of its norm"], rows)
 
 
 def circumstances(section: Section, settings: Settings) -> dict[str, str]:
@@ -255,11 +242,11 @@ def circumstances(section: Section, settings: Settings) -> dict[str, str]:
     changes = "".join(f" --set {override}" for override in settings.overrides)
     return {
         "command": f'make bench-peer ARGS="{section.command}{changes}"',
-        "device": _cpu() if report["device"] == "cpu" else report["device"],
+        "device": processor() if report["device"] == "cpu" else report["device"],
         "bf16": "native" if report["native_bf16"] else "not native, so fp32 on both sides",
         **({"threads": str(report["threads"])} if "threads" in report else {}),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **versions(),
     }
 
 
@@ -303,16 +290,15 @@ def main(
                 raise typer.BadParameter(f"{name} writes no text: --task summarization", param_hint="decoding")
             section = MEASURES[mode](name, settings)
             facts = circumstances(section, settings)
-            preface = f"`{facts['command']}`. " + ", ".join(f"{k}: {v}" for k, v in facts.items() if k != "command")
-            typer.echo(f"\n### {section.title}\n\n{preface}\n\n{section.tables}\n")
+            typer.echo(f"\n### {section.title}\n\n{preface(facts)}\n\n{section.tables}\n")
             if write is not None:
-                write_section(write, section, preface)
+                replace_section(write, section.name, f"### {section.title}\n\n{preface(facts)}\n\n{section.tables}")
                 raw = write.with_suffix("") / f"{section.name}.json"
                 raw.parent.mkdir(parents=True, exist_ok=True)
                 raw.write_text(json.dumps({**facts, "reports": section.reports}, indent=1) + "\n", encoding="utf-8")
 
 
-def _whole_run(side: str, task: str, overrides: Sequence[str], *, keep: Path | None) -> Report:
+def whole_run(side: str, task: str, overrides: Sequence[str], *, keep: Path | None) -> Report:
     """One side's scored run, or the report of the same run that an earlier call kept: hours need not be lost."""
     if keep is None:
         return run_side(side, task, overrides, "--scored")
@@ -382,29 +368,6 @@ def _ratio_row(name: str, reports: Sequence[Report], side: str, figure: str) -> 
 
 def _score_row(name: str, scores: Sequence[float], form: str) -> list[str]:
     return [name, *(format(figure, form) for figure in (mean(scores), min(scores), max(scores)))]
-
-
-def _interval95(values: Sequence[float]) -> str:
-    """Student's interval of the mean, in words; nothing for a single value."""
-    if len(values) < 2:
-        return ""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f" (95 % interval {mean(values) - half:+.4f} to {mean(values) + half:+.4f})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cpu() -> str:
-    """Model of the processor, and how many of its cores this machine has."""
-    info: Mapping[str, str] = {}
-    if (path := Path("/proc/cpuinfo")).is_file():
-        info = dict(re.findall(r"^(.+?)\s*: (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
-    return f"{info.get('model name', platform.machine())}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

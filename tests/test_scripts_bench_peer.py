@@ -14,7 +14,7 @@ from tiny_text import make_model, make_tokenizer
 
 from pipelines.config import load
 from scripts import bench_peer, peer, peer_decoding
-from scripts.bench_peer import Section, Settings
+from scripts.bench_peer import Settings
 
 TEXTS = ["the cat sat", "a dog ran far away over the hill", "cats", "dogs run", "the dog", "a cat sat on the hill"]
 BATCH = 4
@@ -192,19 +192,3 @@ def test_ratios_are_taken_seed_by_seed():
     tables = bench_peer.quality_tables(reports)
     assert "| peak memory, heedful / Trainer at its best | 1.75 | 0.50 | 3.00 |" in tables
     assert "| +0.0500 | -0.1000 | +0.2000 |" in tables
-
-
-def test_interval_is_students():
-    assert bench_peer._interval95([1.0, 2.0, 3.0]) == " (95 % interval -0.4841 to +4.4841)"
-    assert bench_peer._interval95([1.0]) == ""
-
-
-def test_a_section_is_replaced_in_place(tmp_path):
-    path = tmp_path / "benchmarks.md"
-    path.write_text("# Title\n")
-    for name, table in (("one", "old"), ("two", "other"), ("one", r"new \1")):
-        bench_peer.write_section(path, Section(name, name.title(), "quality", [], table), "how")
-    text = path.read_text()
-    assert text.startswith("# Title\n")
-    assert text.index(r"new \1") < text.index("other")
-    assert "old" not in text

@@ -1,0 +1,88 @@
+"""How far each variant is from attention written out over the same pairs, as the table of its weights times the values.
+
+What is written out is computed in fp64, of the tensors as they are after rounding to the type that is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from attention import VARIANTS
+from attention.scoring import Scoring
+from scripts.bench_attention.subjects import FOLDER, HEADS, WIDTH, draw, make_mask, make_variant, settings_of
+from scripts.reporting import table, versions, write_page
+
+LENGTH, ROWS, PADDING = 1500, 2, 300
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+NOT_WRITTEN_OUT = ("lsh",)
+"""Whose table of weights is its own work; the tests hold it to one that is written out."""
+TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def measure(write: Annotated[Path, typer.Option(help="The folder of the table.")] = FOLDER) -> None:
+    """Distances of outputs and gradients, in three types; in bf16 those of torch's kernel over the same pairs too."""
+    names = [name for name in VARIANTS if name not in NOT_WRITTEN_OUT and hasattr(make_variant(name), "weights")]
+    reports = [{"variant": name, "type": kind, **distances(name, kind)} for name in names for kind in TYPES]
+    of = {(report["variant"], report["type"]): report for report in reports}
+    columns = [(kind, what) for kind in TYPES for what in ("output", "gradient")]
+    columns += [("bf16", "kernel_output"), ("bf16", "kernel_gradient")]
+    rows = [[settings_of(name), *(f"{of[name, kind][what]:.0e}" for kind, what in columns)] for name in names]
+    header = ["variant", *(f"{kind} {what.replace('kernel_', 'of the kernel, ')}" for kind, what in columns)]
+    text = (
+        f"{ROWS} texts of {LENGTH:,} tokens, one with {PADDING} of padding, {HEADS} heads of {WIDTH}, unit normal; "
+        "greatest difference.\n\n" + table(header, rows)
+    )
+    facts = {"command": 'make attention ARGS="exactness"', **versions(["torch"])}
+    write_page(write / "exactness.md", "Exactness", facts, text, {"reports": reports})
+    typer.echo(text)
+
+
+def distances(name: str, kind: str) -> dict[str, float]:
+    """The greatest difference of the output, and of the gradients of query, key and value, for both sides."""
+    real = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    real[1, LENGTH - PADDING :] = False
+    mask, scoring = make_mask(LENGTH, rows=ROWS, real=real), Scoring(WIDTH**-0.5)
+    variant: Any = make_variant(name)
+    of_output = real[:, None, :, None] * draw(LENGTH, rows=ROWS)[0].double()  # of padding nothing is asked
+    rounded = [tensor.to(TYPES[kind]) for tensor in draw(LENGTH, rows=ROWS)]
+
+    def learn(attend: Attend, tensors: Sequence[Tensor]) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        output = attend(*leaves).double() * real[:, None, :, None]
+        return [output.detach(), *torch.autograd.grad((output * of_output).sum(), leaves)]
+
+    def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights_BHNM: Tensor = variant.weights(q, k, mask, scoring)
+        return weights_BHNM @ v
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=pairs_BHNM)
+
+    def distance(attend: Attend) -> tuple[float, float]:
+        found = zip(learn(attend, rounded), expected, strict=True)
+        output, *gradients = [float((own.double() - exact).abs().max()) for own, exact in found]
+        return output, max(gradients)
+
+    exact = [tensor.double() for tensor in rounded]
+    variant.double()
+    expected = learn(written_out, exact)
+    with torch.no_grad():
+        pairs_BHNM = variant.weights(exact[0], exact[1], mask, scoring) > 0
+    variant.to(TYPES[kind])
+    (output, gradient), (kernel_output, kernel_gradient) = (
+        distance(lambda q, k, v: variant(q, k, v, mask, scoring)),
+        distance(kernel),
+    )
+    return {
+        "output": output,
+        "gradient": gradient,
+        "kernel_output": kernel_output,
+        "kernel_gradient": kernel_gradient,
+    }

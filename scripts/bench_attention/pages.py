@@ -1,0 +1,48 @@
+"""Each variant's own row of every measurement, put into its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+
+from attention import VARIANTS
+from scripts.bench_attention.subjects import FOLDER, settings_of
+from scripts.reporting import replace_section, table
+
+
+def measure(write: Annotated[Path, typer.Option(help="The folder of the tables.")] = FOLDER) -> None:
+    """Fill in the figures that were measured; what was not is left out."""
+    for name in VARIANTS:
+        parts = [part for part in (_measured(name, write), _quality(name, write)) if part]
+        replace_section(write / f"{name}.md", "figures", "\n\n".join(parts))
+
+
+def _measured(name: str, folder: Path) -> str:
+    reports = _reports(folder / "speed.json")
+    rows = [
+        [f"{r['length']:,} tokens{', dropout' * bool(r['dropout'])}", f"{r['ratio']:.2f}", f"{r['mib']:,.0f}"]
+        for r in reports
+        if r["variant"] == name and not r.get("refused")
+    ]
+    shown = table([settings_of(name), "time, share of torch's kernel's", "memory, MiB"], rows)
+    return f"{shown}\n\n[How, and beside the others](speed.md)" if rows else ""
+
+
+def _quality(name: str, folder: Path) -> str:
+    lines = []
+    for path in sorted(folder.glob("quality-*.json")):
+        reports = _reports(path)
+        for row, runs in reports.items():
+            if row.partition(" ")[0] == name:
+                headline = runs[0]["headline"]
+                own, full = (mean(run["metrics"][headline] for run in group) for group in (runs, reports["full"]))
+                lines.append(f"- {path.stem.removeprefix('quality-')}, {row}: {headline} {own:.4f}, full {full:.4f}")
+    return "\n".join(lines)
+
+
+def _reports(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))["reports"] if path.is_file() else []

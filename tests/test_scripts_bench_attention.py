@@ -1,0 +1,81 @@
+"""The measurements of attention variants: each at a size that takes a moment, and what they must come to."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from attention import VARIANTS
+from scripts.bench_attention import duplicate, exactness, pages, quality, speed
+
+DOCS = Path(__file__).parent.parent / "docs/attention"
+
+
+def test_time_and_memory_of_two_variants(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "_in_process", speed.figures)
+    speed.measure([64, 128], ["blockwise", "strided"], tmp_path)
+    page = (tmp_path / "speed.md").read_text()
+    assert "| blockwise | " in page
+    reports = json.loads((tmp_path / "speed.json").read_text())["reports"]
+    assert len(reports) == 3 * (2 + 1)
+    assert all(report["ratio"] > 0 for report in reports)
+    assert (tmp_path / "speed.svg").read_text().startswith("<?xml")
+
+
+def test_a_variant_that_refuses_a_length_has_no_figure():
+    refused = {"variant": "additive", "length": 4096, "dropout": 0.0, "refused": "at most 2,048"}
+    measured = {**refused, "variant": "sdpa", "ratio": 1.0, "mib": 5.0, "refused": None}
+    dropped = [report | {"dropout": 0.1} for report in (measured, refused)]
+    assert speed.tables([measured, refused, *dropped]).count("| additive |  |") == 3
+
+
+def test_distances_are_as_small_as_promised(monkeypatch):
+    """On a text of two tiles."""
+    monkeypatch.setattr(exactness, "LENGTH", 1030)
+    found = exactness.distances("blockwise", "fp64")
+    assert found["output"] <= 1e-12
+    assert found["gradient"] <= 1e-11
+
+
+def test_a_wrong_variant_is_far_off(monkeypatch):
+    monkeypatch.setattr(exactness, "LENGTH", 1030)
+    wider = exactness.make_variant("sliding_window")
+    right = wider.weights
+    monkeypatch.setattr(exactness, "make_variant", lambda name: wider)
+    wider.weights = lambda q, k, mask, scoring: right(q, k, mask, scoring) * 1.01
+    assert exactness.distances("sliding_window", "fp32")["output"] > 1e-4
+
+
+def test_a_table_of_quality_pairs_the_seeds():
+    def run(*scores):
+        return [{"headline": "f1", "metrics": {"f1": score}} for score in scores]
+
+    plans = {"full": (), "strided": ("attention.stride=4",)}
+    shown = quality.quality_table({"full": run(0.5, 0.7), "strided": run(0.6, 0.8)}, plans)
+    assert "| strided | stride=4 | 0.7000 | 0.6000 | 0.8000 | +0.1000 (95 % interval +0.1000 to +0.1000) |" in shown
+
+
+def test_every_variant_has_a_page_that_takes_its_figures(tmp_path):
+    for name in VARIANTS:
+        (tmp_path / f"{name}.md").write_text((DOCS / f"{name}.md").read_text())
+    report = {"variant": "strided", "length": 4096, "dropout": 0.0, "ratio": 0.41, "mib": 50.0}
+    (tmp_path / "speed.json").write_text(json.dumps({"reports": [report]}))
+    runs = {
+        "full": [{"headline": "f1", "metrics": {"f1": 0.5}}],
+        "strided": [{"headline": "f1", "metrics": {"f1": 0.4}}],
+    }
+    (tmp_path / "quality-ner.json").write_text(json.dumps({"reports": runs}))
+    for _ in range(2):
+        pages.measure(tmp_path)
+        page = (tmp_path / "strided.md").read_text()
+        assert page.count("| 4,096 tokens | 0.41 | 50 |") == 1
+        assert page.count("- ner, strided: f1 0.4000, full 0.5000") == 1
+    assert "tokens |" not in (tmp_path / "full.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "sliding_window, reach 32", "sliding_window, reach 8", "strided, stride 8"])
+def test_what_can_copy_copies_and_what_can_not_does_not(name):
+    """A window that is wider than it says, or narrower, is seen here."""
+    accuracy = duplicate.accuracy(duplicate.train(duplicate.CASES[name].plan, seed=0))
+    assert accuracy == 1.0 if duplicate.CASES[name].learns else accuracy < 0.06
