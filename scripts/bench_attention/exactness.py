@@ -21,6 +21,7 @@ from scripts.reporting import table, versions, write_page
 
 LENGTH, ROWS, PADDING = 1500, 2, 300
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+COMPARABLE = 1e-9
 NOT_WRITTEN_OUT = ("lsh",)
 """Whose table of weights is its own work; the tests hold it to one that is written out."""
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,18 +31,26 @@ def measure(write: Annotated[Path, typer.Option(help="The folder of the table.")
     """Distances of outputs and gradients, in three types; in bf16 those of torch's kernel over the same pairs too."""
     names = [name for name in VARIANTS if name not in NOT_WRITTEN_OUT and hasattr(make_variant(name), "weights")]
     reports = [{"variant": name, "type": kind, **distances(name, kind)} for name in names for kind in TYPES]
+    facts = {"command": 'make attention ARGS="exactness"', **versions(["torch"])}
+    text = tables(reports)
+    write_page(write / "exactness.md", "Exactness", facts, text, {"reports": reports})
+    typer.echo(text)
+
+
+def tables(reports: Sequence[dict[str, Any]]) -> str:
+    """A row for each variant."""
     of = {(report["variant"], report["type"]): report for report in reports}
     columns = [(kind, what) for kind in TYPES for what in ("output", "gradient")]
     columns += [("bf16", "kernel_output"), ("bf16", "kernel_gradient")]
-    rows = [[settings_of(name), *(f"{of[name, kind][what]:.0e}" for kind, what in columns)] for name in names]
+    rows = [
+        [settings_of(name), *(_shown(of[name, kind], of[name, "fp64"], what) for kind, what in columns)]
+        for name in dict.fromkeys(report["variant"] for report in reports)
+    ]
     header = ["variant", *(f"{kind} {what.replace('kernel_', 'of the kernel, ')}" for kind, what in columns)]
-    text = (
+    return (
         f"{ROWS} texts of {LENGTH:,} tokens, one with {PADDING} of padding, {HEADS} heads of {WIDTH}, unit normal; "
         "greatest difference.\n\n" + table(header, rows)
     )
-    facts = {"command": 'make attention ARGS="exactness"', **versions(["torch"])}
-    write_page(write / "exactness.md", "Exactness", facts, text, {"reports": reports})
-    typer.echo(text)
 
 
 def distances(name: str, kind: str) -> dict[str, float]:
@@ -86,3 +95,9 @@ def distances(name: str, kind: str) -> dict[str, float]:
         "kernel_output": kernel_output,
         "kernel_gradient": kernel_gradient,
     }
+
+
+def _shown(report: dict[str, Any], exact: dict[str, Any], what: str) -> str:
+    """Nothing of the kernel where its mask can not say which pairs count by how much."""
+    comparable = not what.startswith("kernel") or exact["kernel_output"] < COMPARABLE
+    return f"{report[what]:.0e}" if comparable else ""
