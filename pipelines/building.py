@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from math import ceil
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from sources.audit import Limits
 from sources.texts import counted
 from tasks import TASKS
 from tasks.fitting import check_fit, pad_as
-from tasks.positions import check_length
+from tasks.positions import check_lengths, max_positions
 from tasks.protocol import Task
 from training.batches import Batching
 from training.dropout import use_fast_dropout
@@ -36,8 +37,11 @@ from training.models import (
     swap_attention,
 )
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
+from training.positions import Wanted
 from training.sharding import is_sharded, shard
 from training.warm_start import join_encoders, joined_config
+
+logger = logging.getLogger("heedful.pipelines.building")
 
 CPU_PASSES = {"overhead": 128, "micro_batch_tokens": 2**11}
 """What one more forward and backward pass costs, in tokens, and how many a pass may have; see ``Batching``."""
@@ -100,14 +104,24 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
         loaded = new_model(task.auto_class, config.model.architecture, task.tokenizer, **task.model_kwargs())
         loaded = swap_attention(loaded, config.attention)
     elif config.model.init == "encoder_decoder":
-        loaded = swap_attention(
-            join_encoders(str(config.model.name), task.tokenizer, **_where(config)), config.attention
-        )
+        halves = {"positions": _wanted(config, task), **_where(config)}
+        loaded = swap_attention(join_encoders(str(config.model.name), task.tokenizer, **halves), config.attention)
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
-    check_length(loaded.model, {"model.max_length": config.model.max_length})
+    check_lengths(loaded.model, task.sequences())
+    _raise_tokenizer(task, loaded, config.model.max_length)
     task.prepare_model(loaded.model)
     return loaded
+
+
+def _raise_tokenizer(task: Task, loaded: Loaded, max_length: int) -> None:
+    """Let the limit that is saved with the tokenizer, at which pipelines cut texts off, follow the model's."""
+    said = task.tokenizer.model_max_length
+    if loaded.growth is None and (said >= max_length or max_positions(loaded.model) is not None):
+        return
+    if loaded.growth is None:
+        logger.info("positions: relative, without an end; the tokenizer's model_max_length was %s", f"{said:,}")
+    task.tokenizer.model_max_length = max(said, max_length)
 
 
 def describe_tokenizer(config: RunConfig, task: Task) -> list[str]:
@@ -131,7 +145,16 @@ def base_of(config: RunConfig, task: Task) -> dict[str, Any]:
         "new_head": model.init == "new_head",
         "tokenizer": task.tokenizer if model.tokenizer else None,
         "attention": config.attention,
+        "positions": _wanted(config, task),
     }
+
+
+def _wanted(config: RunConfig, task: Task) -> Wanted | None:
+    """The positions that the run needs; None where a model with too few is to be refused."""
+    if config.model.positions == "refuse":
+        return None
+    longest = max(sum(tokens.values()) for tokens in task.sequences())
+    return Wanted(config.model.max_length, longest, config.model.positions)
 
 
 def _where(config: RunConfig) -> dict[str, Any]:
@@ -169,6 +192,8 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
         lines.append(f"new, not in the checkpoint: {', '.join(loaded.new)}")
     if loaded.unused:
         lines.append(f"in the checkpoint, not used: {', '.join(loaded.unused)}")
+    if loaded.growth is not None:
+        lines.append(loaded.growth.describe())
     return "\n".join([*lines, *describe(loaded.model)])
 
 

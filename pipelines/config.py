@@ -31,7 +31,10 @@ class ModelSection(Section):
     """A folder, an asset (``assets/...``) or a Hub id."""
     revision: str | None = None
     max_length: int = Field(default=128, ge=8)
-    """Tokens in one window, special tokens included."""
+    """Tokens in one window, special tokens included. More than the model has positions for: see ``positions``."""
+    positions: Literal["auto", "tile", "interpolate", "yarn", "linear", "refuse"] = "auto"
+    """How a pretrained model gets more of them: ``tile`` and ``interpolate`` are for tables, ``yarn`` and ``linear``
+    for rotary ones; auto takes the first that is for the model. See docs/attention.md."""
     init: Literal["pretrained", "new_head", "encoder_decoder", "scratch"] = "pretrained"
     """``new_head`` starts a fresh head; ``pretrained`` keeps the checkpoint's and refuses one for other labels;
     ``encoder_decoder`` makes one of an encoder used twice, with new cross-attention and a new head;
@@ -49,6 +52,16 @@ class ModelSection(Section):
         exponent = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
         return {k: float(v) if isinstance(v, str) and exponent.fullmatch(v) else v for k, v in values.items()}
 
+    @field_validator("positions", mode="before")
+    @classmethod
+    def _no_dynamic(cls, value: Any) -> Any:
+        if value == "dynamic":
+            raise ValueError(
+                "not built, since its frequencies follow the longest text so far: an update would depend on how "
+                "examples are put into batches, and an answer on what came before it. Take yarn or linear"
+            )
+        return value
+
     @model_validator(mode="after")
     def _says_what_to_start_from(self) -> ModelSection:
         if self.init != "scratch":
@@ -62,6 +75,11 @@ class ModelSection(Section):
                 raise ValueError(
                     f"model.architecture has no effect with model.init={self.init}: say model.init=scratch"
                 )
+        elif self.positions not in ("auto", "refuse"):
+            raise ValueError(
+                f"model.positions={self.positions} has no effect with model.init=scratch: "
+                "say how many there are in model.architecture"
+            )
         elif "model_type" not in self.architecture:
             raise ValueError("model.init=scratch needs model.architecture.model_type, e.g. bert or t5")
         elif (self.name is None) == (self.tokenizer is None):

@@ -17,6 +17,7 @@ from pipelines import config as configuration
 from pipelines.config import RunConfig
 from pipelines.preparation import build_accelerator, build_console, tell
 from tasks.decoding import described
+from tasks.positions import check_lengths
 from tasks.protocol import Task
 from tasks.saved import load_task, read
 from training.models import load_model, load_tokenizer
@@ -60,7 +61,8 @@ def open_model(checkpoint: str, overrides: list[str], console: Console | None) -
     if any(override.startswith(search) for override in overrides):
         options: Any = config.options  # the model's own but for the search: all other changes were refused
         task = replace(cast(Any, task), options=options)
-        task.prepare_model(model)  # which refuses answers that are too long for it
+        check_lengths(model, task.sequences())
+        task.prepare_model(model)
         tell(console, f"decoding: {described(options.decoding)}")
     return Opened(task, accelerator.prepare_model(model, evaluation_mode=True), accelerator, console, config)
 

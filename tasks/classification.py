@@ -121,6 +121,10 @@ class Classification:
             if "label" in row:
                 self._target(row["label"], where=f"{where}, row {i}")
 
+    def sequences(self) -> list[dict[str, int]]:
+        """What it reads."""
+        return [{"model.max_length": self.max_length}]
+
     def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 

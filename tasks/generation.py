@@ -21,7 +21,6 @@ from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import GenerationOptions
 from tasks.packing import keeps_apart, pack
-from tasks.positions import check_length
 from tasks.prompts import Piece, answer_end, chat_pieces, completion_pieces, render, start_ids, tokenize_pieces
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
 from tasks.windows import plan_windows
@@ -122,17 +121,19 @@ class Generation:
             if "messages" in row:
                 _check_chat(row["messages"], where=f"{where}, row {i}")
 
+    def sequences(self) -> list[dict[str, int]]:
+        """A text, which is only read, or a prompt with its answer."""
+        answer = {"generation.decoding.max_new_tokens": self.options.decoding.max_new_tokens}
+        return [{"model.max_length": self.max_length} | (answer if self.form != "text" else {})]
+
     def prepare_model(self, model: nn.Module) -> None:
         """Try out whether the model looks back only, and keeps packed texts apart; let it end its turn in a chat.
 
         Raises:
-            UserError: It sees what it is to predict, does not look at the positions (one text would be learned with
-                another before it), or has too few of them for a prompt and its answer.
+            UserError: It sees what it is to predict, or does not look at the positions (one text would be learned with
+                another before it).
         """
         causal.check_causal(model)
-        if self.form != "text":
-            answer = {"generation.decoding.max_new_tokens": self.options.decoding.max_new_tokens}
-            check_length(model, {"model.max_length": self.max_length} | answer)
         if self.form == "chat":
             end_with(model, self.tokenizer, answer_end(self.tokenizer))
         if self.packing and not keeps_apart(model, self.max_length):

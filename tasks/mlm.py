@@ -78,6 +78,10 @@ class Mlm:
     def check(self, rows: Rows, *, where: str) -> None:
         """Any text will do."""
 
+    def sequences(self) -> list[dict[str, int]]:
+        """What it reads."""
+        return [{"model.max_length": self.max_length}]
+
     def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 

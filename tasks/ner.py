@@ -119,6 +119,10 @@ class Ner:
         for i, row in tagged:
             self._check_row(row["tokens"], row["tags"], where=f"{where}, row {i}")
 
+    def sequences(self) -> list[dict[str, int]]:
+        """What it reads."""
+        return [{"model.max_length": self.max_length}]
+
     def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 

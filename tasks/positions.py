@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from heedful import UserError
 
 
-def check_length(model: nn.Module, tokens: Mapping[str, int]) -> None:
+def check_lengths(model: nn.Module, sequences: Iterable[Mapping[str, int]]) -> None:
     """Refuse more tokens than the model has positions for.
 
     Args:
-        tokens: What makes up the longest sequence that the model will see: each setting with its value.
+        sequences: See ``Task.sequences``.
 
     Raises:
         UserError: Torch would only say that an index is out of range, or go on beyond what was ever trained.
     """
+    for tokens in sequences:
+        _check(model, tokens)
+
+
+def _check(model: nn.Module, tokens: Mapping[str, int]) -> None:
     limit, total = max_positions(model), sum(tokens.values())
     if limit is None or total <= limit:
         return

@@ -73,6 +73,9 @@ class Task(Protocol):
     def check(self, rows: Rows, *, where: str) -> None:
         """Refuse rows that this task, as built, can not score (labels unseen in training, broken spans, ...)."""
 
+    def sequences(self) -> list[dict[str, int]]:
+        """The longest sequences that the model will see: of each the settings that make it up, with their values."""
+
     def prepare_model(self, model: nn.Module) -> None:
         """Refuse a model that this task would train wrongly, by trying it out, and tell it what its answers end with.
 

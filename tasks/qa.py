@@ -98,6 +98,10 @@ class Qa:
             if "answers" in row:
                 self._check_answers(row, where=f"{where}, row {i}")
 
+    def sequences(self) -> list[dict[str, int]]:
+        """What it reads."""
+        return [{"model.max_length": self.max_length}]
+
     def prepare_model(self, model: nn.Module) -> None:
         """Any model with this head will do."""
 

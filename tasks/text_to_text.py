@@ -24,7 +24,6 @@ from tasks.metrics import resampling
 from tasks.metrics.bleu.bleu import signatures
 from tasks.metrics.loading import load_metric
 from tasks.options import TextToTextOptions, TranslationOptions
-from tasks.positions import check_length
 from tasks.prompts import completion_pieces, tokenize_pieces
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
 
@@ -121,22 +120,23 @@ class TextToText:
                 if side in row and not row[side].strip():
                     raise UserError(f"an empty {side}", where=f"{where}, row {i}", fix="leave the row out")
 
+    def sequences(self) -> list[dict[str, int]]:
+        """A source and what is written, apart in an encoder-decoder and one behind the other elsewhere."""
+        source = {"model.max_length": self.max_length}
+        targets = [
+            {f"{self.name}.max_target_length": self.options.max_target_length},
+            {f"{self.name}.decoding.max_new_tokens": self.options.decoding.max_new_tokens},
+        ]
+        return [source, *targets] if self.decoder_start is not None else [source | target for target in targets]
+
     def prepare_model(self, model: nn.Module) -> None:
         """Any encoder-decoder will do; what continues a prompt must look back only.
 
         Raises:
-            UserError: It sees what it is to predict, or has too few positions for what it is to write.
+            UserError: It sees what it is to predict.
         """
-        before: dict[str, int] = {}
         if self.decoder_start is None:
             causal.check_causal(model)
-            before = {"model.max_length": self.max_length}
-        written = {
-            "max_target_length": self.options.max_target_length,
-            "decoding.max_new_tokens": self.options.decoding.max_new_tokens,
-        }
-        for name, tokens in written.items():
-            check_length(model, before | {f"{self.name}.{name}": tokens})
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the head is the checkpoint's."""

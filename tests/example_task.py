@@ -41,6 +41,9 @@ class Stars:
             if row["label"] not in {"1", "2", "3", "4", "5"}:
                 raise UserError(f"{row['label']!r} stars", where=f"{where}, row {row['row'] + 1}", expected="1 to 5")
 
+    def sequences(self) -> list[dict[str, int]]:
+        return [{"model.max_length": self.max_length}]
+
     def prepare_model(self, model: nn.Module) -> None:
         return None
 

@@ -20,7 +20,7 @@ train.eval_steps train.optim train.learning_rate train.per_device_train_batch_si
 train.warmup_steps train.lr_scheduler_type train.bf16 train.max_grad_norm lora.r lora.lora_alpha lora.target_modules
 attention distributed tracking.wandb
 """
-FIELDS = {"RunConfig": 12, "model": 7, "data": 17, "train": 29, "lora": 6, "tracking": 2}
+FIELDS = {"RunConfig": 12, "model": 8, "data": 17, "train": 29, "lora": 6, "tracking": 2}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from heedful import UserError
 from tasks.generation import Generation
 from tasks.options import GenerationOptions
+from tasks.positions import check_lengths
 from tasks.prompts import answer_end
 
 TEMPLATE = (
@@ -186,10 +187,11 @@ def test_an_answer_ends_with_the_token_that_ends_a_turn(tmp_path):
 
 def test_a_prompt_and_its_answer_fit_into_the_positions(tokenizer):
     model = make_model("gpt2", AutoModelForCausalLM)
-    build(tokenizer, table(**PAIRS), max_length=56, decoding={"max_new_tokens": 8}).prepare_model(model)
-    build(tokenizer, table(text=TEXTS), max_length=64).prepare_model(model)  # a text is only read
+    check_lengths(model, build(tokenizer, table(**PAIRS), max_length=56, decoding={"max_new_tokens": 8}).sequences())
+    check_lengths(model, build(tokenizer, table(text=TEXTS), max_length=64).sequences())  # a text is only read
+    task = build(tokenizer, table(**PAIRS), max_length=57, decoding={"max_new_tokens": 8})
     with pytest.raises(UserError, match=r"57 \+ generation.decoding.max_new_tokens=8"):
-        build(tokenizer, table(**PAIRS), max_length=57, decoding={"max_new_tokens": 8}).prepare_model(model)
+        check_lengths(model, task.sequences())
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):

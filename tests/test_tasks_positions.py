@@ -5,7 +5,7 @@ from tiny_families import FAMILIES, make_model
 from transformers import AutoModelForTokenClassification
 
 from heedful import UserError
-from tasks.positions import check_length, max_positions
+from tasks.positions import check_lengths, max_positions
 
 
 def can_run(model, length):
@@ -40,16 +40,16 @@ def test_deberta_with_absolute_positions_is_bounded():
 
 def test_windows_longer_than_the_positions_are_refused():
     model = make_model("roberta", AutoModelForTokenClassification)
-    check_length(model, {"max_length": 62})
+    check_lengths(model, [{"max_length": 62}])
     with pytest.raises(UserError, match=r"max_length=63[^0-9]*at most 62[^0-9]*max_length=62"):
-        check_length(model, {"max_length": 63})
-    check_length(make_model("deberta-v2", transformers.AutoModel), {"max_length": 5000})
+        check_lengths(model, [{"max_length": 63}])
+    check_lengths(make_model("deberta-v2", transformers.AutoModel), [{"max_length": 5000}])
 
 
 def test_a_prompt_and_its_answer_need_positions_together():
     model = make_model("gpt2", transformers.AutoModelForCausalLM)
-    check_length(model, {"max_length": 40, "max_new_tokens": 24})
+    check_lengths(model, [{"max_length": 40, "max_new_tokens": 24}])
     with pytest.raises(UserError, match=r"max_length=41 \+ max_new_tokens=24[^0-9]*at most 64[^0-9]*max_length=40"):
-        check_length(model, {"max_length": 41, "max_new_tokens": 24})
+        check_lengths(model, [{"max_length": 41, "max_new_tokens": 24}])
     with pytest.raises(UserError, match="lower max_length and max_new_tokens"):
-        check_length(model, {"max_length": 8, "max_new_tokens": 64})
+        check_lengths(model, [{"max_length": 8, "max_new_tokens": 64}])

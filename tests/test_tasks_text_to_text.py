@@ -15,6 +15,7 @@ from heedful import UserError
 from tasks.metrics.bleu.bleu import bleu
 from tasks.metrics.rouge.rouge import KINDS, rouge
 from tasks.options import SummarizationOptions, TranslationOptions
+from tasks.positions import check_lengths
 from tasks.text_to_text import TextToText
 
 ROWS = {"source": [*TEXTS, "a dog"], "target": ["the cat", "a dog barked at", "Anna", "rain all day", "dog"]}
@@ -147,10 +148,10 @@ def test_what_is_read_and_written_fits_into_the_positions(family, tokenizer):
     for options in ({"max_target_length": 65}, {"max_target_length": 16, "decoding": {"max_new_tokens": 65}}):
         task = build(make_decoder_tokenizer() if decoder else tokenizer, model.config, SummarizationOptions(**options))
         with pytest.raises(UserError, match="at most 64"):
-            task.prepare_model(model)
+            check_lengths(model, task.sequences())
     options = {"max_target_length": 32, "decoding": {"max_new_tokens": 32}}
     task = build(make_decoder_tokenizer() if decoder else tokenizer, model.config, SummarizationOptions(**options))
-    task.prepare_model(model)
+    check_lengths(model, task.sequences())
 
 
 @pytest.mark.parametrize("kind", ["rouge", "bleu"])

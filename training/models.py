@@ -33,6 +33,7 @@ from heedful import UserError
 from sources.texts import counted
 from tasks.saved import model_of_run
 from training.checkpoints import MANIFEST, fault
+from training.positions import Growth, Wanted, growth
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,11 +58,13 @@ class Loaded:
         model: In fp32, in eval mode.
         new: Names of the parameters that the checkpoint does not hold: they start at random and must be trained.
         unused: Names of the checkpoint's weights that this model has no place for, such as another task's head.
+        growth: How it got more positions than the checkpoint has; None where it has those alone.
     """
 
     model: PreTrainedModel
     new: tuple[str, ...]
     unused: tuple[str, ...]
+    growth: Growth | None = None
 
 
 def load_tokenizer(
@@ -108,6 +111,7 @@ def load_model(
     new_head: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     attention: Plan | None = None,
+    positions: Wanted | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -118,11 +122,12 @@ def load_model(
         new_head: Start the rows of the head's labels anew, whatever head the checkpoint has, instead of refusing one.
         tokenizer: Another one than the model's own: the embeddings grow to its size and count as new.
         attention: Another plan than the checkpoint's own, which most have none of: its variants start anew.
+        positions: How many positions it needs; a learned table that grows counts as new. None leaves it as it is.
         kwargs: The task's: ``num_labels``, ``id2label``, ...
 
     Raises:
-        UserError: No such model, broken weights, NaN in the weights, a head for other labels, or a tokenizer with
-            other ids for the model's special tokens.
+        UserError: No such model, broken weights, NaN in the weights, a head for other labels, a tokenizer with
+            other ids for the model's special tokens, or a model that can have no more positions.
     """
     if (Path(name) / MANIFEST).is_file() and (reason := fault(Path(name))):
         raise UserError(f"broken model folder: {reason}", where=name, fix="fetch or train it again")
@@ -133,7 +138,7 @@ def load_model(
     if tokenizer is not None:
         _refuse_other_ids(config, tokenizer)
     load = partial(
-        _from_pretrained,
+        _with_its_body,
         auto_class,
         name,
         revision=revision,
@@ -142,18 +147,18 @@ def load_model(
         **kwargs,
     )
     model, info = load()
-    if (prefix := _other_prefix(model, info)) is not None:
-        model, info = load(key_mapping={rf"^{prefix}\.": f"{model.base_model_prefix}."})
-        # Or save_pretrained would write the checkpoint's names, and from_pretrained lose the trained body as well.
-        model._weight_conversions = None
+    grown = growth(model, positions) if positions is not None else None
+    if grown is not None:
+        del model  # or both would have to fit into memory
+        model, info = _grow(load, grown, info)
     _refuse_random_body(model, info, name)
     if broken := [key for key, p in model.named_parameters() if not torch.isfinite(p).all()]:
         raise UserError(f"NaN or infinite weights: {', '.join(broken[:3])}", where=name, fix="fetch or train it again")
-    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    mismatched = _mismatched(info) - (grown.computed if grown is not None else set())
     renewed = _renew_labels(model) if new_head else []
     renewed += _fit_embeddings(model, tokenizer) if tokenizer is not None else []
     new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
-    loaded = Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])))
+    loaded = Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])), grown)
     stored = stored_plan(model)
     if stored is None or attention not in (None, stored):
         return swap_attention(loaded, attention)
@@ -180,7 +185,15 @@ def _restore_variants(loaded: Loaded, read: Callable[[Sequence[str]], dict[str, 
     keys = [key for key in loaded.unused if key.removeprefix(prefix) in names]
     with torch.no_grad():
         for key, tensor in read(keys).items():
-            loaded.model.get_parameter(names[key.removeprefix(prefix)]).copy_(tensor)
+            parameter = loaded.model.get_parameter(names[key.removeprefix(prefix)])
+            if parameter.shape != tensor.shape:
+                raise UserError(
+                    f"an attention whose {key} was made for other positions: {tuple(tensor.shape)}",
+                    where="model.max_length",
+                    expected=str(tuple(parameter.shape)),
+                    fix="keep to the positions that the checkpoint has, or take another attention",
+                )
+            parameter.copy_(tensor)
     restored = {names[key.removeprefix(prefix)] for key in keys}
     return replace(
         loaded,
@@ -218,6 +231,37 @@ def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrai
             raise UserError(
                 f"broken safetensors file: {_first_line(error)}", where=name, fix="fetch it again"
             ) from error
+
+
+def _with_its_body(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and with it the checkpoint's body, under whatever name it is held."""
+    model, info = _from_pretrained(auto_class, name, **kwargs)
+    if (prefix := _other_prefix(model, info)) is None:
+        return model, info
+    mapping = {rf"^{prefix}\.": f"{model.base_model_prefix}."}
+    model, info = _from_pretrained(auto_class, name, key_mapping=mapping, **kwargs)
+    # Or save_pretrained would write the checkpoint's names, and from_pretrained lose the trained body as well.
+    model._weight_conversions = None
+    return model, info
+
+
+def _grow(
+    load: Callable[..., tuple[PreTrainedModel, dict[str, Any]]], grown: Growth, before: Mapping[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model once more, of the new size."""
+    model, info = load(**{**grown.config, "ignore_mismatched_sizes": True})
+    if others := _mismatched(info) - _mismatched(before) - grown.tables.keys() - grown.computed:
+        raise UserError(
+            f"more positions, with which {_some(sorted(others))} would grow too",
+            where="model.max_length",
+            fix=f"model.max_length={grown.old}",
+        )
+    grown.fill(model)
+    return model, info
+
+
+def _mismatched(info: Mapping[str, Any]) -> set[str]:
+    return {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
 
 
 def _other_prefix(model: PreTrainedModel, info: Mapping[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from transformers import (
 from attention.seam import PLAN
 from heedful import UserError
 from training.models import Loaded, load_config, load_model, token_ids
+from training.positions import Wanted
 
 
 def joined_config(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -> PreTrainedConfig:
@@ -43,8 +44,14 @@ def joined_config(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -
     return config
 
 
-def join_encoders(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -> Loaded:
+def join_encoders(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, positions: Wanted | None = None, **where: Any
+) -> Loaded:
     """Load ``name`` as an encoder and, with new cross-attention and a language modelling head, as a decoder.
+
+    Args:
+        positions: How many positions each half needs; None leaves them as they are.
+        where: ``revision`` and ``trust_remote_code``.
 
     Raises:
         UserError: As ``joined_config`` and ``load_model``; or an architecture that can be no decoder.
@@ -52,16 +59,20 @@ def join_encoders(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -
     config = joined_config(name, tokenizer, **where)
     try:
         # The pooler would take no part in the loss, and data parallelism waits for every gradient.
-        encoder = load_model(AutoModel, name, add_pooling_layer=False, **where)
-        decoder = load_model(AutoModelForCausalLM, name, is_decoder=True, add_cross_attention=True, **where)
+        encoder = load_model(AutoModel, name, add_pooling_layer=False, positions=positions, **where)
+        decoder = load_model(
+            AutoModelForCausalLM, name, is_decoder=True, add_cross_attention=True, positions=positions, **where
+        )
     except TypeError as error:
         raise UserError(
             f"{config.encoder.model_type} can not be made a decoder ({error})",
             where="model.init=encoder_decoder",
             expected="an encoder such as BERT or RoBERTa",
         ) from error
-    config.decoder = decoder.model.config
+    config.encoder, config.decoder = encoder.model.config, decoder.model.config
     model = EncoderDecoderModel(config=config, encoder=encoder.model, decoder=decoder.model)
     model.generation_config.decoder_start_token_id = config.decoder_start_token_id
     new = (*(f"encoder.{key}" for key in encoder.new), *(f"decoder.{key}" for key in decoder.new))
-    return Loaded(model.eval(), tuple(sorted(new)), tuple(sorted({*encoder.unused} & {*decoder.unused})))
+    return Loaded(
+        model.eval(), tuple(sorted(new)), tuple(sorted({*encoder.unused} & {*decoder.unused})), encoder.growth
+    )
