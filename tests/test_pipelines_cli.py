@@ -101,6 +101,47 @@ def test_a_run_with_another_attention(project, cli_run, lora):
     assert "no effect on a model that is trained" in log
 
 
+@pytest.mark.parametrize("lora", [(), ("lora.r=2",)], ids=["whole", "lora"])
+def test_texts_longer_than_the_model_was_made_for(lora, project, cli_run):
+    long = "the cat sat on the mat " * 20
+    Path("train.csv").write_text(HEADER + "".join(f"{long * (1 + i % 2)},{'ab'[i % 2]}\n" for i in range(8)))
+    given = ("model.max_length=160", "attention=sliding_window", "attention.reach=8", *lora)
+    code, _, log = cli_run("finetune", "run.yaml", *given, "train.save_steps=1", "data.validation=train.csv")
+    assert code == 0, log
+    assert "positions: 64 -> 160 by tile" in log
+    assert "max 160" in log, "no window of fewer tokens"
+    assert float(re.search(r"reloaded model/: logits within (\S+) of", log)[1]) < 1e-5
+    table = "bert.embeddings.position_embeddings.weight"
+    assert table in log.split("new, not in the checkpoint")[1]
+    saved = load_file("runs/run/model/model.safetensors")
+    assert len(saved[table]) == 160
+    assert not torch.equal(saved[table][:32], saved[table][64:96]), "each row learned for itself"
+    assert AutoTokenizer.from_pretrained("runs/run/model").model_max_length >= 160
+    stored = json.loads(Path("runs/run/metrics.json").read_text())
+    assert json.loads(cli_run("evaluate", "runs/run")[1]) == stored
+    assert cli_run("predict", "runs/run", long * 2)[0] == 0
+    shutil.rmtree("runs/run/checkpoints/step-2")
+    code, _, log = cli_run(
+        "finetune", "run.yaml", *given, "train.save_steps=1", "data.validation=train.csv", "resume=auto"
+    )
+    assert "resuming after step 1" in log
+    again = load_file("runs/run/model/model.safetensors")
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
+
+
+def test_a_prompt_longer_than_the_model_was_made_for_has_room_for_its_answer(project, cli_run):
+    save_body("llama", "model")
+    rows = [{"prompt": "the cat sat on the mat " * 9, "completion": "a dog"}] * 4
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_config(task="generation", train="train.jsonl", validation="train.jsonl")
+    refused(cli_run("finetune", "run.yaml", "model.max_length=60"), "model.max_length=60 + generation.decoding")
+    code, _, log = cli_run("finetune", "run.yaml", "model.max_length=112")
+    assert code == 0, log
+    assert "positions: 64 -> 128 by yarn, factor 2" in log
+    code, _, log = cli_run("predict", "runs/run", "the cat sat on the mat " * 9)
+    assert code == 0, log
+
+
 def test_what_an_attention_learns_is_kept_from_run_to_run(project, cli_run):
     slots, brought = ("attention=linformer", "attention.k=8"), "attention.self.attention_variant.E"
     code, _, log = cli_run("finetune", "run.yaml", *slots)
@@ -275,12 +316,14 @@ def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
 
 
 def test_a_model_that_differs_once_reloaded_is_refused(project, cli_run, monkeypatch):
-    """One configuration for both halves has the reloaded encoder look back only; with padding it did so before."""
-    make_rows("summarization", 12).remove_columns("row").to_json("train.jsonl")
-    write_config(task="summarization", train="train.jsonl", validation="train.jsonl")
-    monkeypatch.setattr("training.warm_start.deepcopy", lambda config: config)
-    result = cli_run("finetune", "run.yaml", "model.init=encoder_decoder")
-    refused(result, "the reloaded model answers differently", untouched="runs/run/model")
+    """As it would be if a setting that the model runs by were not saved."""
+
+    def lose_a_setting(folder):
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | {"layer_norm_eps": 1.0}))
+
+    monkeypatch.setattr("training.export.mark", lose_a_setting)
+    refused(cli_run("finetune", "run.yaml"), "the reloaded model answers differently", untouched="runs/run/model")
 
 
 def test_an_encoder_used_twice_summarizes(project, cli_run):
@@ -429,7 +472,9 @@ def test_broken_json_line_is_named(project, cli_run):
     [
         (["data.train=trian.csv"], "train.csv"),
         (["data.validation=unseen.csv"], "'c'"),
-        (["model.max_length=100"], "64"),
+        (["model.max_length=100", "model.positions=refuse"], "64"),
+        (["model.positions=dynamic"], "the longest text so far"),
+        (["model.init=scratch", "model.architecture.model_type=bert", "model.positions=tile"], "has no effect"),
         (["model.name=./nothing"], "no such model folder"),
         (["model.name=./bare"], "tokenizer files"),
         (["model.name=./flipped"], "broken"),
@@ -522,16 +567,19 @@ def test_what_needs_no_data_is_refused_before_the_data_is_read(overrides, projec
     assert "error" in log
 
 
-@pytest.mark.parametrize(("override", "expected"), [("model.max_length=100", "64"), ("model.name=./nan", "NaN")])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [(["model.max_length=100", "model.positions=yarn"], "tile"), (["model.name=./nan"], "NaN")],
+)
 def test_a_model_that_does_not_do_is_refused_before_the_data_is_encoded(
-    override, expected, project, cli_run, monkeypatch
+    overrides, expected, project, cli_run, monkeypatch
 ):
     save_body("bert", "nan")
     weights = load_file("nan/model.safetensors")
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, "nan/model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr("pipelines.finetune.encode", lambda *_, **__: pytest.fail("encoded"))
-    refused(cli_run("finetune", "run.yaml", override), expected)
+    refused(cli_run("finetune", "run.yaml", *overrides), expected)
 
 
 def test_resuming_from_another_runs_checkpoint_is_refused(project, cli_run):

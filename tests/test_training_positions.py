@@ -3,18 +3,24 @@
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from tiny_families import (
     COMMON,
     DECODERS,
     FAMILIES,
     SEQ2SEQ,
     SIZES,
+    tokenizer_for,
 )
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from attention.options import Plan
+from attention.seam import mark, variant_parameters
 from heedful import UserError
+from training.lora import add_lora
 from training.models import load_model
 from training.positions import Wanted
+from training.warm_start import join_encoders
 
 OLD, NEW = 64, 160
 ROBERTA = SIZES | {"pad_token_id": 1, "max_position_embeddings": OLD + 2}
@@ -37,7 +43,8 @@ LEARNED += ("mbart", "gpt_neo")
 COMPUTED = ("marian", "pegasus")
 ROTARY = ("llama", "mistral", "qwen3", "gemma2", "gpt_neox")
 KINDS = dict.fromkeys(DECODERS, AutoModelForCausalLM) | dict.fromkeys(SEQ2SEQ, AutoModelForSeq2SeqLM)
-KINDS |= dict.fromkeys(("opt", "gpt_neo", "gpt_neox"), AutoModelForCausalLM)
+KINDS |= dict.fromkeys(("opt", "gpt_neo", "gpt_neox", "gemma3_text", "gptj"), AutoModelForCausalLM)
+KINDS |= {"encoder-decoder": AutoModelForSeq2SeqLM}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,14 @@ def answer(model, length, **given):
         return model(input_ids=ids_BT, attention_mask=mask_BT, **given)[0]
 
 
+def same(one, other, length):
+    """The same weights, and answers as near as memory laid out otherwise lets them be."""
+    own = other.state_dict()
+    assert one.state_dict().keys() == own.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in one.state_dict().items())
+    return torch.allclose(answer(one, length), answer(other, length), atol=1e-6)
+
+
 def tables(model):
     names = ("position_embeddings", "embed_positions", "wpe")
     return {
@@ -94,7 +109,7 @@ def test_a_longer_text_is_read_and_transformers_alone_reads_it_too(family, folde
     loaded.model.save_pretrained(tmp_path)
     alone, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
-    assert torch.equal(answer(loaded.model, NEW), answer(alone.eval(), NEW))
+    assert same(loaded.model, alone.eval(), NEW)
     if family not in ROTARY:
         with pytest.raises((IndexError, RuntimeError)):
             answer(alone, NEW + 1)
@@ -211,6 +226,12 @@ HALF = {"model_type": "bert", **SIZES, **COMMON}
             "this model's positions have an end",
         ),
         (
+            "encoder-decoder",
+            {"encoder": HALF, "decoder": HALF | {"max_position_embeddings": 128, "is_decoder": True}},
+            "auto",
+            "the parts of this model have positions of their own",
+        ),
+        (
             "deberta-v2",
             {"position_biased_input": True},
             "auto",
@@ -220,9 +241,55 @@ HALF = {"model_type": "bert", **SIZES, **COMMON}
 )
 def test_what_can_not_have_more_is_refused(family, kwargs, how, message, tmp_path):
     kind = KINDS.get(family, AutoModel)
-    kind = AutoModelForCausalLM if family in {"gemma3_text", "gptj"} else kind
-    config = transformers.AutoConfig.for_model(family, **COMMON | KNOWN.get(family, {}) | kwargs)
+    sizes = (COMMON if family != "encoder-decoder" else {}) | KNOWN.get(family, {}) | kwargs
+    config = transformers.AutoConfig.for_model(family, **sizes)
     kind.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
         load_model(kind, str(tmp_path), positions=Wanted(NEW, NEW, how))
     assert message in " ".join(str(caught.value).split())
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "gpt2", "opt", "bart"])
+def test_with_lora_a_table_that_grew_is_trained_and_saved(family, folder, tmp_path):
+    loaded = load(folder, family)
+    wrapped = add_lora(loaded.model, loaded.new, r=2)
+    grown = {f"{name}.weight" for name in tables(load(folder, family).model)}
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in trained} == grown
+    with torch.no_grad():
+        for table_ND in trained.values():
+            table_ND.normal_()
+    wrapped.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(folder, family).model, tmp_path)
+    before = answer(wrapped.eval(), NEW)
+    assert torch.allclose(before, answer(again, NEW), atol=1e-6)
+    assert torch.allclose(before, answer(again.merge_and_unload(), NEW), atol=1e-5)
+
+
+def test_what_an_attention_learns_has_the_length_of_the_new_positions(folder, tmp_path):
+    plan = Plan.model_validate({"variant": "linformer", "k": 8})
+    wanted = Wanted(NEW, NEW)
+    loaded = load_model(AutoModel, folder("bert"), attention=plan, positions=wanted)
+    assert {tuple(loaded.model.get_parameter(name).shape) for name in variant_parameters(loaded.model)} == {(8, NEW)}
+    loaded.model.save_pretrained(tmp_path)
+    mark(tmp_path)
+    again = load_model(AutoModel, str(tmp_path), positions=wanted)
+    assert same(loaded.model, again.model, NEW)
+    with pytest.raises(UserError, match=r"made for other positions: \(8, 160\)"):
+        load_model(AutoModel, str(tmp_path), positions=Wanted(NEW + 1, NEW + 1))
+    wider = load_model(AutoModel, str(tmp_path), attention=Plan.model_validate("full"), positions=Wanted(200, 200))
+    answer(wider.model, 200)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_both_halves_of_a_joined_model_grow(family, folder, tmp_path):
+    tokenizer = tokenizer_for(family)
+    loaded = join_encoders(folder(family), tokenizer, positions=Wanted(NEW, NEW))
+    loaded.model.save_pretrained(tmp_path)
+    alone = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert same(loaded.model, alone, NEW)
+    on = load_model(AutoModelForSeq2SeqLM, str(tmp_path), positions=Wanted(200, 200))
+    assert on.growth.old == NEW
+    assert [len(table) for table in tables(on.model).values()] == [200 + 2 * (family == "roberta")] * 2
+    assert torch.allclose(answer(on.model, NEW), answer(alone, NEW), atol=1e-6)
+    answer(on.model, 200)
