@@ -20,6 +20,7 @@ from tasks import TASKS
 from tasks.fitting import require_fast
 
 ROOT = Path(__file__).parent.parent
+TOKENS = "tokenizer_config.json"
 HEADER = "text,label\n"
 GOOD = HEADER + "".join(
     f"the cat {word} {'dog' * i},{'ab'[i % 2]}\n" for i, word in enumerate(["sat", "on", "mat"] * 4)
@@ -140,6 +141,21 @@ def test_a_prompt_longer_than_the_model_was_made_for_has_room_for_its_answer(pro
     assert "positions: 64 -> 128 by yarn, factor 2" in log
     code, _, log = cli_run("predict", "runs/run", "the cat sat on the mat " * 9)
     assert code == 0, log
+
+
+def test_where_positions_have_no_end_the_tokenizers_limit_follows(project, cli_run):
+    save_body("t5", "model")
+    for name, change in {"config.json": {"max_position_embeddings": None}, TOKENS: {"model_max_length": 64}}.items():
+        kept = {k: v for k, v in (json.loads(Path("model", name).read_text()) | change).items() if v is not None}
+        Path("model", name).write_text(json.dumps(kept))
+    rows = [{"source": "the cat sat on the mat " * 9, "target": "a dog"}] * 4
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_config(task="translation", train="train.jsonl", validation="train.jsonl")
+    for length, said in {32: 64, 80: 80}.items():
+        code, _, log = cli_run("finetune", "run.yaml", f"model.max_length={length}")
+        assert code == 0, log
+        assert ("positions: relative, without an end" in log) == (said == 80)
+        assert AutoTokenizer.from_pretrained("runs/run/model").model_max_length == said
 
 
 def test_what_an_attention_learns_is_kept_from_run_to_run(project, cli_run):
