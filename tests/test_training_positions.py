@@ -12,7 +12,7 @@ from tiny_families import (
     SIZES,
     tokenizer_for,
 )
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from attention.options import Plan
 from attention.seam import mark, variant_parameters
@@ -155,6 +155,23 @@ def test_what_the_model_computes_is_computed_further(family, folder):
         angle_ND = position_N1 / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
         expected_ND = torch.cat([angle_ND.sin(), angle_ND.cos()], dim=1).float()
         assert torch.allclose(table_ND, expected_ND, atol=1e-5)
+
+
+def test_rows_of_a_computed_table_stay_as_the_checkpoint_has_them(folder, tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder("pegasus"))
+    for name in tables(model):
+        model.get_parameter(f"{name}.weight").data.mul_(2)
+    model.save_pretrained(tmp_path)
+    grown = tables(load_model(AutoModelForSeq2SeqLM, str(tmp_path), positions=Wanted(NEW, NEW)).model)
+    assert all(torch.equal(grown[name][:OLD], table_PD) for name, table_PD in tables(model).items())
+
+
+def test_a_new_head_and_more_positions_go_together(folder, tmp_path):
+    kind = AutoModelForSequenceClassification
+    load_model(kind, folder("bert"), num_labels=2).model.save_pretrained(tmp_path)
+    loaded = load_model(kind, str(tmp_path), new_head=True, num_labels=3, positions=Wanted(NEW, NEW))
+    assert loaded.new == ("bert.embeddings.position_embeddings.weight", "classifier.bias", "classifier.weight")
+    assert answer(loaded.model, NEW).shape == (2, 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

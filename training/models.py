@@ -154,7 +154,7 @@ def load_model(
     _refuse_random_body(model, info, name)
     if broken := [key for key, p in model.named_parameters() if not torch.isfinite(p).all()]:
         raise UserError(f"NaN or infinite weights: {', '.join(broken[:3])}", where=name, fix="fetch or train it again")
-    mismatched = _mismatched(info) - (grown.computed if grown is not None else set())
+    mismatched = _mismatched(info) - (grown.computed.keys() if grown is not None else set())
     renewed = _renew_labels(model) if new_head else []
     renewed += _fit_embeddings(model, tokenizer) if tokenizer is not None else []
     new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
@@ -250,7 +250,7 @@ def _grow(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model once more, of the new size."""
     model, info = load(**{**grown.config, "ignore_mismatched_sizes": True})
-    if others := _mismatched(info) - _mismatched(before) - grown.tables.keys() - grown.computed:
+    if others := _mismatched(info) - _mismatched(before) - grown.tables.keys() - grown.computed.keys():
         raise UserError(
             f"more positions, with which {_some(sorted(others))} would grow too",
             where="model.max_length",

@@ -55,7 +55,7 @@ class Growth:
     Args:
         config: What its configuration says otherwise, as ``from_pretrained`` takes it.
         tables: Each learned table as it was, by the name of its parameter.
-        computed: Names of the tables that the model computes.
+        computed: Each table that the model computes, as it was.
     """
 
     old: int
@@ -63,10 +63,12 @@ class Growth:
     how: str
     config: dict[str, Any]
     tables: Mapping[str, Tensor]
-    computed: frozenset[str]
+    computed: Mapping[str, Tensor]
 
     def fill(self, model: nn.Module) -> None:
-        """Make the rows of the learned tables, in a model of the new size."""
+        """Make the rows of the learned tables, in a model of the new size; computed ones keep those they had."""
+        for name, table_PD in self.computed.items():
+            model.get_parameter(name).data[: len(table_PD)] = table_PD
         for name, table_PD in self.tables.items():
             grown_ND = model.get_parameter(name).data
             reserved = len(table_PD) - self.old  # RoBERTa's and BART's first rows stand for no position
@@ -92,7 +94,7 @@ def growth(model: PreTrainedModel, wanted: Wanted) -> Growth | None:
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in TABLES and isinstance(module, nn.Embedding)
     }
-    computed = {name for name, module in found.items() if hasattr(module, "create_weight")}
+    computed = {name: module.weight.detach() for name, module in found.items() if hasattr(module, "create_weight")}
     tables = {name: module.weight.detach() for name, module in found.items() if name not in computed}
     ways = LEARNED if tables else (COMPUTED,) if computed else ROTARY
     if reason := _hindrance(model.config, list(found.values())):
@@ -104,7 +106,7 @@ def growth(model: PreTrainedModel, wanted: Wanted) -> Growth | None:
             expected=f"one of: {', '.join(('auto', *(way for way in ways if way != COMPUTED)))}",
         )
     config = _resized(model.config, old, wanted.longest, how)
-    return Growth(old, wanted.longest, how, config, tables, frozenset(computed))
+    return Growth(old, wanted.longest, how, config, tables, computed)
 
 
 def _hindrance(config: PreTrainedConfig, tables: list[nn.Embedding]) -> str:
