@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,20 +64,36 @@ def tiled_attention(
     Returns:
         BHND. A query that sees nothing gets zeros.
     """
-    dropped = round(scoring.dropout * LEVELS)
-    seed = int(torch.randint(2**62, ())) if dropped else 0  # from torch's generator, so that recomputing repeats it
-    tiles = _Tiles(mask, tuple(visits), scoring.scaling, dropped, scoring.softcap, seed)
+    dropped, seed = dropping(scoring)
+    tiles = Tiles(mask, tuple(visits), dropped, scoring.softcap, seed)
     with torch.autocast(query.device.type, enabled=False):  # which would take fp32 products back to half precision
-        return cast(Tensor, _Attend.apply(query, key, value, scoring.bias, tiles))  # type: ignore[no-untyped-call]
+        out = _Attend.apply(query, key, value, scoring.bias, scoring.scaling, tiles)  # type: ignore[no-untyped-call]
+        return cast(Tensor, out)
+
+
+def dropping(scoring: Scoring) -> tuple[int, int]:
+    """How many of LEVELS weights are dropped, and a seed, drawn from torch's generator: recomputing repeats it."""
+    dropped = round(scoring.dropout * LEVELS)
+    return dropped, int(torch.randint(2**62, ())) if dropped else 0
+
+
+def raised(dropped: int) -> float:
+    """By how much the values are raised for what dropout takes from the weights."""
+    return LEVELS / (LEVELS - dropped)
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """What both passes do alike."""
+class Tiles:
+    """Queries and keys that meet, and how: what both passes do alike.
+
+    Args:
+        mask: Of these queries and keys.
+        dropped: Of LEVELS weights.
+        seed: Of dropout; each visit adds its number.
+    """
 
     mask: LazyMask
     visits: tuple[Visit, ...]
-    scaling: float
     dropped: int
     softcap: float | None
     seed: int
@@ -97,16 +113,11 @@ class _Tiles:
         places = None
         if bias is not None:
             places = _places(bias, rows, columns, shape)
-            raw += _grouped(bias[places], q.shape[1])
+            raw += grouped(bias[places], q.shape[1])
         if allowed is not None:
             # Added, since filling goes through all heads at a tenth of the speed.
             raw += raw.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)[:, :, None]
         return _Scores(raw, slope, places)
-
-    @property
-    def raised(self) -> float:
-        """By how much the values are raised for what dropout takes from the weights."""
-        return LEVELS / (LEVELS - self.dropped)
 
     def keep(self, number: int, like: Tensor) -> Tensor | None:
         """The dropout mask of this visit; None without dropout."""
@@ -140,74 +151,153 @@ class _Scores:
     places: Any
 
 
+class Sums(NamedTuple):
+    """The softmax of some queries, kept up to date while keys come in.
+
+    Args:
+        out: Sum of the values by weight, BKGND.
+        top: The highest score, BKGN1; -inf before the first.
+        total: Sum of the weights, BKGN1.
+    """
+
+    out: Tensor
+    top: Tensor
+    total: Tensor
+
+    @classmethod
+    def none(cls, q_BKGND: Tensor, width: int) -> Sums:
+        """Before the first key; ``width`` is that of the values."""
+        shape = q_BKGND.shape[:4]
+        return cls(
+            q_BKGND.new_zeros(*shape, width), q_BKGND.new_full((*shape, 1), -torch.inf), q_BKGND.new_zeros(*shape, 1)
+        )
+
+    def of(self, queries: slice) -> Sums:
+        """Those of some queries, as views."""
+        return Sums(*(x[..., queries, :] for x in self))
+
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """The output BKGND, zeros for a query that saw nothing, and the logarithm of the sum of exp(score), BKGN1."""
+        out = self.out.div_(self.total.masked_fill(self.total == 0, 1.0))
+        # exp(s - inf) is 0: a row that saw nothing has no gradient either.
+        return out, torch.where(self.total == 0, torch.inf, self.top + self.total.log())
+
+
+def add_keys(sums: Sums, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, tiles: Tiles) -> None:
+    """Let keys into the sums of queries, in place.
+
+    Args:
+        q: BKGND, scaled.
+        k: BKMD.
+        v: BKMD, raised for dropout.
+        bias: Of these queries and keys; see ``Scoring``.
+    """
+    for number, visit in enumerate(tiles.visits):
+        own = sums.of(visit.queries)
+        scores = tiles.scores(visit, q[..., visit.queries, :], _gather(k, visit), bias, (q.shape[3], k.shape[2]))
+        if scores is None:
+            continue
+        higher = torch.maximum(own.top, scores.value.amax(-1, keepdim=True))
+        level = higher.masked_fill(higher == -torch.inf, 0.0)  # of a row that has seen nothing yet
+        weights = scores.value.sub_(level).exp_()
+        fade = (own.top - level).exp_()
+        own.total.mul_(fade).add_(weights.sum(-1, keepdim=True))
+        own.top.copy_(higher)
+        if (keep := tiles.keep(number, weights)) is not None:
+            weights.mul_(keep)
+        own.out.mul_(fade).add_(_products(weights, _gather(v, visit)))
+
+
+class Settled(NamedTuple):
+    """Queries in the backward pass.
+
+    Args:
+        q: BKGND, scaled.
+        grad: Of the output, BKGND.
+        inner: Of output and gradient, BKGN1.
+        log_sum: BKGN1.
+    """
+
+    q: Tensor
+    grad: Tensor
+    inner: Tensor
+    log_sum: Tensor
+
+    @classmethod
+    def from_result(cls, q: Tensor, result: Tensor, grad: Tensor, log_sum: Tensor) -> Settled:
+        """Of output and gradient as they left and come back, BHND."""
+        out, grad = (grouped(wide(x), q.shape[1]) for x in (result, grad))
+        return cls(q, grad, (out * grad).sum(-1, keepdim=True), log_sum)
+
+    def of(self, queries: slice) -> Settled:
+        """Some of the queries, as views."""
+        return Settled(*(x[..., queries, :] for x in self))
+
+
+class Slopes(NamedTuple):
+    """Gradients, added up in place: of q, scaled BKGND, of k and of raised v, BKMD, and of the bias if it wants one."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+
+
+def add_slopes(slopes: Slopes, own: Settled, k: Tensor, v: Tensor, bias: Tensor | None, tiles: Tiles) -> None:
+    """Add what keys and queries owe each other; arguments as of ``add_keys``."""
+    for number, visit in enumerate(tiles.visits):
+        k_m, now = _gather(k, visit), own.of(visit.queries)
+        scores = tiles.scores(visit, now.q, k_m, bias, (own.q.shape[3], k.shape[2]))
+        if scores is None:
+            continue
+        weights = scores.value.sub_(now.log_sum).exp_()
+        dweights = _products(now.grad, _gather(v, visit).mT)
+        keep = tiles.keep(number, weights)
+        _scatter(slopes.v, visit, _collect(weights if keep is None else weights * keep, now.grad))
+        if keep is not None:
+            dweights.mul_(keep)
+        dscores = dweights.sub_(now.inner).mul_(weights)
+        if slopes.bias is not None:
+            _add_to_bias(slopes.bias, scores.places, dscores.flatten(1, 2))
+        if scores.slope is not None:
+            dscores.mul_(scores.slope)
+        slopes.q[..., visit.queries, :] += _products(dscores, k_m)
+        _scatter(slopes.k, visit, _collect(dscores, now.q))
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, tiles: _Tiles) -> Tensor:
-        q, k, v = _grouped(_wide(query), key.shape[1]) * tiles.scaling, _wide(key), _wide(value) * tiles.raised
-        out = q.new_zeros(*q.shape[:4], v.shape[-1])
-        top, total = q.new_full((*q.shape[:4], 1), -torch.inf), q.new_zeros(*q.shape[:4], 1)
-        for number, visit in enumerate(tiles.visits):
-            rows = (..., visit.queries, slice(None))
-            scores = tiles.scores(visit, q[rows], _gather(k, visit), bias, (q.shape[3], k.shape[2]))
-            if scores is None:
-                continue
-            higher = torch.maximum(top[rows], scores.value.amax(-1, keepdim=True))
-            level = higher.masked_fill(higher == -torch.inf, 0.0)  # of a row that has seen nothing yet
-            weights = scores.value.sub_(level).exp_()
-            fade = (top[rows] - level).exp_()
-            total[rows] = total[rows] * fade + weights.sum(-1, keepdim=True)
-            top[rows] = higher
-            if (keep := tiles.keep(number, weights)) is not None:
-                weights.mul_(keep)
-            out[rows] = out[rows] * fade + _products(weights, _gather(v, visit))
-        out.div_(total.masked_fill(total == 0, 1.0))
-        # exp(s - inf) is 0: a row that saw nothing has no gradient either.
-        log_sum = torch.where(total == 0, torch.inf, top + total.log())
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, tiles: Tiles
+    ) -> Tensor:
+        q, v = grouped(wide(query), key.shape[1]) * scaling, wide(value) * raised(tiles.dropped)
+        sums = Sums.none(q, v.shape[-1])
+        add_keys(sums, q, wide(key), v, bias, tiles)
+        out, log_sum = sums.settled()
         result = out.flatten(1, 2).to(query.dtype)
         ctx.save_for_backward(query, key, value, bias, result, log_sum)
-        ctx.tiles = tiles
+        ctx.scaling, ctx.tiles = scaling, tiles
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, result, log_sum = ctx.saved_tensors
-        tiles: _Tiles = ctx.tiles
-        heads = key.shape[1]
-        q, k, v = _grouped(_wide(query), heads) * tiles.scaling, _wide(key), _wide(value) * tiles.raised
-        out, grad = _grouped(_wide(result), heads), _grouped(_wide(grad), heads)
-        inner = (out * grad).sum(-1, keepdim=True)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        tiles: Tiles = ctx.tiles
+        q, k, v = grouped(wide(query), key.shape[1]) * ctx.scaling, wide(key), wide(value) * raised(tiles.dropped)
         dbias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
-        for number, visit in enumerate(tiles.visits):
-            rows = (..., visit.queries, slice(None))
-            q_n, k_m, grad_n = q[rows], _gather(k, visit), grad[rows]
-            scores = tiles.scores(visit, q_n, k_m, bias, (q.shape[3], k.shape[2]))
-            if scores is None:
-                continue
-            weights = scores.value.sub_(log_sum[rows]).exp_()
-            dweights = _products(grad_n, _gather(v, visit).mT)
-            keep = tiles.keep(number, weights)
-            _scatter(dv, visit, _collect(weights if keep is None else weights * keep, grad_n))
-            if keep is not None:
-                dweights.mul_(keep)
-            dscores = dweights.sub_(inner[rows]).mul_(weights)
-            if dbias is not None:
-                _add_to_bias(dbias, scores.places, dscores.flatten(1, 2))
-            if scores.slope is not None:
-                dscores.mul_(scores.slope)
-            dq[rows] += _products(dscores, k_m)
-            _scatter(dk, visit, _collect(dscores, q_n))
-        dq, dv = dq.mul_(tiles.scaling).flatten(1, 2), dv.mul_(tiles.raised)
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias, None
+        slopes = Slopes(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dbias)
+        add_slopes(slopes, Settled.from_result(q, result, grad, log_sum), k, v, bias, tiles)
+        dq, dv = slopes.q.mul_(ctx.scaling).flatten(1, 2), slopes.v.mul_(raised(tiles.dropped))
+        return dq.to(query.dtype), slopes.k.to(key.dtype), dv.to(value.dtype), dbias, None, None
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """In fp32 at least: scores of half precision would lose what the softmax needs."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _grouped(x: Tensor, heads: int) -> Tensor:
+def grouped(x: Tensor, heads: int) -> Tensor:
     """BH... as BKG..."""
     return x.view(x.shape[0], heads, -1, *x.shape[2:])
 
