@@ -30,6 +30,7 @@ class VariantEntry:
         bias: Whether it honours what a model adds to its scores, as T5 does.
         softcap: Whether it honours a cap on the scores, as Gemma 2 has one.
         rules: Whether it honours a mask of more than padding.
+        shares: Whether it shares texts out between processes, and so must be at all self-attention of a stack.
     """
 
     path: str
@@ -38,6 +39,7 @@ class VariantEntry:
     bias: bool = True
     softcap: bool = True
     rules: bool = True
+    shares: bool = False
 
     def load(self) -> Callable[..., Variant]:
         """Import what makes the variant (and with it torch)."""
@@ -59,5 +61,6 @@ VARIANTS: dict[str, VariantEntry] = {
     "adaptive_span": VariantEntry("attention.variants.adaptive_span:make", AROUND),
     "lsh": VariantEntry("attention.variants.lsh:make", AROUND, bias=False, softcap=False),
     "grouped_query": VariantEntry("attention.variants.grouped_query:make"),
+    "ring": VariantEntry("attention.variants.ring:make", AROUND, exact=True, shares=True),
 }
 """Settings of each are in ``attention.options``."""

@@ -20,15 +20,23 @@ def dense_bias(bias: Tensor, queries: int, keys: int) -> Tensor:
     return bias[None, :, steps + queries - 1]
 
 
-def keep_as_vector(module: Any, *, cross: bool) -> None:
+def bias_between(bias: Tensor, queries: slice, keys: slice, all_queries: int) -> Tensor:
+    """That of some queries and keys in a row each, as a view; ``all_queries`` is N."""
+    if bias.ndim == 4:
+        return bias[:, :, queries, keys]
+    return bias[:, keys.start - queries.stop + all_queries : keys.stop - queries.start + all_queries - 1]
+
+
+def keep_as_vector(module: Any, variant: Any, *, cross: bool) -> None:
     """Let one of T5's attention modules hand on a vector for its bias, where it would fill a table of N x M.
 
-    Its cross-attention has none, and would fill a table of zeros.
+    It is of the whole text where the module sees a part, as its variant says (``text_length``). Its cross-attention has
+    none, and would fill a table of zeros.
     """
     if not hasattr(module, "has_relative_attention_bias"):
         return
     if module.has_relative_attention_bias:
-        module.compute_bias = partial(_vector, module)
+        module.compute_bias = partial(_vector, module, variant)
     elif cross:
         module.has_relative_attention_bias, module.compute_bias = True, _none
 
@@ -41,9 +49,11 @@ def keep_as_table(module: Any) -> None:
 
 
 def _vector(
-    module: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int | Tensor = 0
+    module: Any, variant: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0
 ) -> Tensor:
     """As ``compute_bias`` of transformers, [H, N + M - 1]."""
+    if (whole := getattr(variant, "text_length", None)) is not None:
+        query_length = key_length = whole
     table = module.relative_attention_bias
     distances = torch.arange(1 - query_length, key_length, device=table.weight.device) - past_seen_tokens
     buckets = module._relative_position_bucket(

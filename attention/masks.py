@@ -151,6 +151,19 @@ class LazyMask(BlockMask):
         rows, columns = torch.arange(queries, device=device), torch.arange(keys, device=device)
         return self.tile(rows, columns, below_diagonal=False)
 
+    def part(self, queries: slice, keys: slice) -> LazyMask:
+        """That of some queries and keys, in a row each."""
+        return LazyMask(
+            batch_size=self._size[0],
+            q_length=queries.stop - queries.start,
+            kv_length=keys.stop - keys.start,
+            q_offset=self.q_offset + queries.start,
+            kv_offset=self.kv_offset + keys.start,
+            mask_function=self._rule,
+            attention_mask=self._attention_mask,
+            **self._others,
+        )
+
     def tile(self, queries_n: Tensor, keys_m: Tensor, *, below_diagonal: bool) -> Tensor | None:
         """Which pairs of these indices are allowed.
 

@@ -121,6 +121,14 @@ class GroupedQueryOptions(VariantOptions):
     """How many are left; a divisor of the model's."""
 
 
+class RingOptions(VariantOptions):
+    """Exactly as full, over a text that several processes hold together while they train."""
+
+    variant: Literal["ring"]
+    ring_size: int | None = Field(default=None, ge=2)
+    """Processes that hold a text together; all of them where it is None."""
+
+
 AnyOptions = (
     FullOptions
     | BlockwiseOptions
@@ -133,6 +141,7 @@ AnyOptions = (
     | AdaptiveSpanOptions
     | LshOptions
     | GroupedQueryOptions
+    | RingOptions
 )
 
 
@@ -161,6 +170,13 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
         for place in self.root:
             if place != EVERYWHERE and not _PLACE.fullmatch(place):
                 raise ValueError(f"{place!r} is no place: {', '.join(ROLES)}, or some layers, as cross[0,2-5]")
+        return self
+
+    @model_validator(mode="after")
+    def _rings_are_alike(self) -> Plan:
+        sizes = {options.ring_size for options in self.root.values() if isinstance(options, RingOptions)}
+        if len(sizes) > 1:
+            raise ValueError(f"ring_size={' and '.join(map(str, sizes))}: one number, since a ring shares its examples")
         return self
 
     @model_serializer(mode="plain")

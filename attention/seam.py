@@ -163,10 +163,11 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     chosen = [choose(plan, site) for site in sites]
     refuse_no_place(plan, sites, chosen)
     refuse_beyond(sites, chosen)
+    refuse_mixed(sites, chosen)
     made = [VARIANTS[options.variant].load()(options, site) for site, options in zip(sites, chosen, strict=True)]
     for site, variant in zip(sites, made, strict=True):
         site.module.add_module(CHILD, cast(nn.Module, variant).to(model.device, model.dtype))
-        keep_as_vector(site.module, cross=site.role == "cross")
+        keep_as_vector(site.module, variant, cross=site.role == "cross")
     _go_through(model, NAME)
     setattr(model.config, PLAN, plan.model_dump(mode="json"))
     called = {call.module for call in try_out(model)}
@@ -306,6 +307,23 @@ def refuse_beyond(sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
                 )
 
 
+def refuse_mixed(sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
+    """Refuse a plan by which a text would be shared out in some layers of a stack, and not in others.
+
+    Raises:
+        UserError: Naming a place where it would be whole.
+    """
+    own = [(site, VARIANTS[options.variant]) for site, options in zip(sites, chosen, strict=True)]
+    shared = {site.stack for site, entry in own if entry.shares}
+    whole = [site for site, entry in own if site.role != "cross" and site.stack in shared and not entry.shares]
+    if whole or "" in shared:
+        raise UserError(
+            f"ring beside another attention at {whole[0]}" if whole else "ring in layers that stand in no list",
+            where="attention",
+            expected="it in all layers of a stack: a text is shared out before the first and joined after the last",
+        )
+
+
 @contextmanager
 def recorded(model: PreTrainedModel) -> Iterator[list[Call]]:
     """Within, every call of a model's attention modules, in order; one without a variant runs as full attention.
@@ -379,17 +397,32 @@ def _lazy(mask: LazyMask | Tensor | None, module: nn.Module, query: Tensor, key:
 
 
 def _run_once(model: PreTrainedModel) -> None:
-    """On a few tokens, in eval mode; of the kind that ends a text, of which BART's classifier needs one."""
+    ids = torch.full((1, 4), last_token(model), device=model.device)
+    run(model, ids, torch.ones_like(ids))
+
+
+def last_token(model: Any) -> int:
+    """Of a text to try a model on: what ends texts, of which BART's classifier needs one."""
     end, words = getattr(model.config, "eos_token_id", None), model.get_input_embeddings()
-    ids = torch.full((1, 4), end if isinstance(end, int) and end < len(words.weight) else 0, device=model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return end if isinstance(end, int) and end < len(words.weight) else 0
+
+
+def run(model: Any, ids: Tensor, real: Tensor) -> Any:
+    """What a model says of a few tokens, in eval mode.
+
+    Args:
+        ids: [B, N]; an encoder-decoder decodes them, too.
+        real: [B, N], 0 on padding.
+    """
+    inputs = {"input_ids": ids, "attention_mask": real}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     training = model.training
     model.eval()
     with torch.no_grad():
-        model(**inputs)
+        said = model(**inputs)
     model.train(training)
+    return said
 
 
 def _role(path: str, module: nn.Module) -> Role:

@@ -60,6 +60,18 @@ class Site:
     def __str__(self) -> str:
         return f"{self.role}[{self.layer}]"
 
+    @property
+    def stack(self) -> str:
+        """Name of the list of blocks that it stands in; empty if in none."""
+        return stack_of(self.path)
+
+
+def stack_of(path: str) -> str:
+    """Name of the outermost numbered list that a module stands in; empty if in none."""
+    names = path.split(".")
+    numbers = [place for place, name in enumerate(names) if name.isdecimal()]
+    return ".".join(names[: numbers[0]]) if numbers else ""
+
 
 @dataclass(frozen=True)
 class Work:

@@ -58,7 +58,7 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     schedule = building.build_schedule(config, task, batching.steps_per_epoch(len(lengths)), validated=False)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     first = epoch_batches(lengths, batching, epoch=0)[0]
-    share = rank_share(first, lengths, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    share = rank_share(first, lengths, rank=trainee.share[0], world_size=trainee.share[1])
     micro = [task.collate(examples(features, part)) for part in micro_batches(share, lengths, batching)]
     at_once = max(len(batch["row"]) for batch in micro)
     longest = task.collate(examples(features, np.argsort(-lengths, kind="stable")[:at_once]))

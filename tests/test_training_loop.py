@@ -21,6 +21,7 @@ from rich.console import Console
 from tiny_families import FAMILY_OF, make_model, make_task
 from torch.distributed.tensor import DTensor
 
+from attention.sharing import connect
 from heedful import NonFiniteLossError, UserError
 from pipelines.cli import leave
 from tasks import TASKS
@@ -70,6 +71,7 @@ def make_trainee(
     model = model or make_model(family, task.auto_class, dropout=dropout, initializer_range=0.2, **kwargs)
     if attention is not None:
         swap(model, attention)
+    connect(model)
     if sharded:
         shard(model, accelerator)
     optimizer = build_optimizer(

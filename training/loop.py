@@ -25,6 +25,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from attention.sharing import ring_size
 from heedful import NonFiniteLossError, UserError
 from tasks.protocol import LOWER_IS_BETTER, Batch, Task
 from training import checkpoints
@@ -110,6 +111,12 @@ class Trainee:
         """The model without the wrapper of data parallelism."""
         return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which part of each global batch this process trains on, of how many: the same in all processes of a ring."""
+        size = ring_size(self.bare_model)
+        return self.accelerator.process_index // size, self.accelerator.num_processes // size
+
 
 def train(
     trainee: Trainee,
@@ -192,7 +199,9 @@ def run_update(trainee: Trainee, micro: list[Batch], features: Any, *, step: int
     trainee.optimizer.step()
     trainee.scheduler.step()
     trainee.optimizer.zero_grad()
-    return Update(loss_mean, grad_norm, learning_rate, round(tokens), stop=stops > 0)
+    # Of count and loss, too, each process of a ring gave the whole: there it cancels out.
+    seen = round(tokens / ring_size(trainee.bare_model))
+    return Update(loss_mean, grad_norm, learning_rate, seen, stop=stops > 0)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -208,7 +217,7 @@ def _updates(
     trainee: Trainee, blocks: Iterable[Block], batching: Batching, *, start: int, stop: int
 ) -> Iterator[tuple[Block, float, list[Batch]]]:
     """This rank's micro-batches of updates ``start`` to ``stop``, each with its block and the epochs done after it."""
-    rank, world_size = trainee.accelerator.process_index, trainee.accelerator.num_processes
+    rank, world_size = trainee.share
     step, following = start, iter(blocks)
     while step < stop:
         block = next(following)

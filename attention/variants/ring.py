@@ -1,0 +1,196 @@
+"""Full attention over a text that several processes hold together (Liu et al., arXiv 2310.01889).
+
+Queries stay; keys and values go round the ring, and each process lets those that arrive into the softmax of its own
+queries. In the backward pass they go round again, and what they are owed travels with them until it is home. Where the
+text is whole (in eval mode, in one process, while decoding) it is blockwise attention.
+
+Shapes: B rows, H query heads, K key/value heads, N tokens of the text, n of them in this process, M keys, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from attention.bias import bias_between
+from attention.engine import (
+    Settled,
+    Slopes,
+    Sums,
+    Tiles,
+    add_keys,
+    add_slopes,
+    dropping,
+    grouped,
+    raised,
+    wide,
+)
+from attention.masks import LazyMask
+from attention.options import RingOptions
+from attention.ring import Shards, Stretch
+from attention.scoring import Scoring
+from attention.tiled import Extent, Tiled, tile_side
+from attention.variant import Site, Work
+from attention.variants.blockwise import Everything
+
+
+class RingAttention(nn.Module):
+    """Exact attention, wherever the text lies.
+
+    Args:
+        ring_size: Processes that hold a text together; None is all.
+    """
+
+    def __init__(self, ring_size: int | None) -> None:
+        super().__init__()
+        self.ring_size = ring_size
+        self.stretch: Stretch | None = None
+        self.alone = Tiled(Everything())
+
+    @property
+    def text_length(self) -> int | None:
+        """N, while this process holds a part of the text."""
+        return self.stretch.shards.length if self.stretch is not None and self.stretch.shards is not None else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """BHND of BHND, BKMD and BKMD; see ``attention.variant.Variant``.
+
+        Raises:
+            ValueError: The text is shared out, and the call is of more than the text, as with a cache.
+        """
+        if self.stretch is None or self.stretch.shards is None:
+            return cast(Tensor, self.alone(query, key, value, mask, scoring))
+        return ring_attention(query, key, value, mask, scoring, self.stretch.shards)
+
+    def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """BHNM, of a whole text; see ``attention.variant.Variant``."""
+        return self.alone.weights(query, key, mask, scoring)
+
+    def work(self, length: int, heads: int, *, causal: bool) -> Work:
+        """Of all processes together; see ``attention.variant.Variant``."""
+        return self.alone.work(length, heads, causal=causal)
+
+    def extra_repr(self) -> str:
+        """The setting."""
+        return f"ring_size={self.ring_size}"
+
+
+def ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring, shards: Shards
+) -> Tensor:
+    """Attend; all processes of the ring together.
+
+    Args:
+        query: BHnD, of the tokens that this process holds.
+        key: BKnD.
+        value: BKnD.
+        mask: Of the whole text.
+        scoring: Its bias is of the whole text, its dropout each process's own.
+
+    Returns:
+        BHnD. A query that sees nothing gets zeros.
+
+    Raises:
+        ValueError: Mask or bias are of another text, or there are more keys than the text has.
+    """
+    length, tokens = shards.length, (shards.tokens, shards.tokens)
+    if (query.shape[2], key.shape[2]) != tokens or mask.shape[2:] != (length, length):
+        raise ValueError(
+            f"{key.shape[2]} keys, {mask.shape[3]} in the mask, of {tokens[0]}/{length}: ring has no cache"
+        )
+    bias = scoring.bias
+    if bias is not None and (bias.shape[1] + 1 != 2 * length if bias.ndim == 2 else bias.shape[2:] != (length, length)):
+        raise ValueError(f"a bias of the shape {tuple(bias.shape)} in a ring, for a text of {length} tokens")
+    dropped, seed = dropping(scoring)
+    call = _Call(shards, mask, scoring.scaling, dropped, scoring.softcap, seed, tile_side(query[:, :, 0, 0].numel()))
+    with torch.autocast(query.device.type, enabled=False):  # as in the engine
+        return cast(Tensor, _RingAttend.apply(query, key, value, bias, call))  # type: ignore[no-untyped-call]
+
+
+class _Meeting(NamedTuple):
+    """A piece of this process's queries and one of some process's keys: where with the processes, where in the text."""
+
+    own: slice
+    theirs: slice
+    queries: slice
+    keys: slice
+    tiles: Tiles
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What both passes do alike; fields as of ``attention.engine.Tiles``, and the side of a tile."""
+
+    shards: Shards
+    mask: LazyMask
+    scaling: float
+    dropped: int
+    softcap: float | None
+    seed: int
+    tile: int
+
+    def meetings(self, source: int) -> Iterator[_Meeting]:
+        """Which pieces see which, of the keys of one process."""
+        ring, pattern = self.shards.ring, Everything()
+        pairs = list(product(self.shards.pieces(ring.rank), self.shards.pieces(source)))
+        for number, ((own, queries), (theirs, keys)) in enumerate(pairs):
+            sizes = queries.stop - queries.start, keys.stop - keys.start
+            visits = pattern.visits(Extent(*sizes, queries.start - keys.start, self.mask.causal, self.tile))
+            if visits:
+                # Each visit of a piece draws its dropout from a seed of its own; no piece has 2**32 of them.
+                seed = self.seed + ((source * len(ring.held[0]) ** 2 + number) << 32)
+                tiles = Tiles(self.mask.part(queries, keys), tuple(visits), self.dropped, self.softcap, seed)
+                yield _Meeting(own, theirs, queries, keys, tiles)
+
+    def bias(self, whole: Tensor | None, meeting: _Meeting) -> Tensor | None:
+        """That of one meeting, as a view."""
+        return None if whole is None else bias_between(whole, meeting.queries, meeting.keys, self.shards.length)
+
+
+class _RingAttend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        q = grouped(wide(query), key.shape[1]) * call.scaling
+        sums = Sums.none(q, value.shape[-1])
+        for source, (key_then, value_then) in call.shards.ring.around(key.contiguous(), value.contiguous()):
+            k, v = wide(key_then), wide(value_then) * raised(call.dropped)
+            for meeting in call.meetings(source):
+                own, theirs = (..., meeting.own, slice(None)), (..., meeting.theirs, slice(None))
+                add_keys(sums.of(meeting.own), q[own], k[theirs], v[theirs], call.bias(bias, meeting), meeting.tiles)
+        out, log_sum = sums.settled()
+        result = out.flatten(1, 2).to(query.dtype)
+        ctx.save_for_backward(query, key, value, bias, result, log_sum)
+        ctx.call = call
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, result, log_sum = ctx.saved_tensors
+        call: _Call = ctx.call
+        ring, factor = call.shards.ring, raised(call.dropped)
+        q = grouped(wide(query), key.shape[1]) * call.scaling
+        queries = Settled.from_result(q, result, grad, log_sum)
+        dq, dk, dv = torch.zeros_like(q), *(torch.zeros_like(wide(x).contiguous()) for x in (key, value))
+        dbias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
+        for source, (key_then, value_then) in ring.around(key.contiguous(), value.contiguous()):
+            k, v = wide(key_then), wide(value_then) * factor
+            for meeting in call.meetings(source):
+                own, theirs = (..., meeting.own, slice(None)), (..., meeting.theirs, slice(None))
+                slopes = Slopes(dq[own], dk[theirs], dv[theirs], call.bias(dbias, meeting))
+                bias_here = call.bias(bias, meeting)
+                add_slopes(slopes, queries.of(meeting.own), k[theirs], v[theirs], bias_here, meeting.tiles)
+            dk, dv = ring.handed_on(dk, dv)
+        dq, dv = dq.mul_(call.scaling).flatten(1, 2), dv.mul_(factor)
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias, None
+
+
+def make(options: RingOptions, site: Site) -> RingAttention:
+    """For self-attention. ``attention.sharing.connect`` makes the ring."""
+    return RingAttention(options.ring_size)

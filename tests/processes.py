@@ -1,0 +1,61 @@
+"""Several processes that compute together, started within a moment: one that has imported everything is forked."""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+
+import torch
+
+LIMIT = 200
+"""Seconds after which processes that wait for one another are ended."""
+IMPORTS = ["test_training_loop", "transformers.models.auto.modeling_auto"]
+
+
+def together(world_size, function, *arguments):
+    """What ``function(*arguments)`` gives in each of so many processes that torch.distributed can join."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_run, args=(rank, world_size, port, theirs, function, arguments))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    deadline = time.monotonic() + LIMIT
+    try:
+        results = [_received(pipe, deadline) for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(max(0, min(5, deadline - time.monotonic())))
+            process.kill()
+    if failed := [result for kind, result in results if kind == "failed"]:
+        raise AssertionError("\n".join(failed))
+    return [result for _, result in results]
+
+
+def _received(pipe, deadline):
+    if not pipe.poll(max(0, deadline - time.monotonic())):
+        return "failed", f"no answer in {LIMIT} seconds"
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "failed", "a process ended without an answer"
+
+
+def _run(rank, world_size, port, pipe, function, arguments):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "localhost"}
+    torch.set_num_threads(1)
+    try:
+        pipe.send(("done", function(*arguments)))
+    except BaseException:
+        pipe.send(("failed", f"process {rank}: {traceback.format_exc()}"))
+        os._exit(1)  # without waiting for the others
