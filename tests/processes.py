@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -45,7 +46,7 @@ def _received(pipe, deadline):
     if not pipe.poll(max(0, deadline - time.monotonic())):
         return "failed", f"no answer in {LIMIT} seconds"
     try:
-        return pipe.recv()
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
         return "failed", "a process ended without an answer"
 
@@ -55,7 +56,7 @@ def _run(rank, world_size, port, pipe, function, arguments):
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "localhost"}
     torch.set_num_threads(1)
     try:
-        pipe.send(("done", function(*arguments)))
+        pipe.send_bytes(pickle.dumps(("done", function(*arguments))))  # a tensor as it is, not by a shared file
     except BaseException:
-        pipe.send(("failed", f"process {rank}: {traceback.format_exc()}"))
+        pipe.send_bytes(pickle.dumps(("failed", f"process {rank}: {traceback.format_exc()}")))
         os._exit(1)  # without waiting for the others

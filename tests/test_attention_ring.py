@@ -5,16 +5,19 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from attention_samples import make_mask, make_tensors
+from attention_samples import make_mask, make_tensors, swap
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import together
 from test_attention_engine import EXACT, make_bias
 from test_training_loop import assert_same, flat, make_trainee
 from test_training_sharding import TASK_OF, with_lora, with_recomputing
 from tiny_families import make_model, make_task
 
-from attention.reference import dense_attention
+from attention.reference import attention_weights, dense_attention
 from attention.ring import Ring, Shards, zigzag
 from attention.scoring import Scoring
+from attention.seam import run
 from attention.variants.ring import ring_attention
 from training.batches import Batching, epochs
 from training.loop import _updates, run_update
@@ -61,36 +64,111 @@ def test_it_is_attention_written_out(world_size):
             assert backward <= EXACT[torch.float64][1], kind
 
 
+def dropped_out():
+    """Which weights of this process's queries dropout leaves, as values of 1 show them; and how far they are off."""
+    dist.init_process_group("gloo")
+    ring = Ring(zigzag(dist.get_world_size()), dist.get_rank(), dist.new_group(list(range(dist.get_world_size()))))
+    query, key, _ = make_tensors(rows=1, queries=130, keys=130)
+    eye, mask, shards = (
+        torch.eye(130).double().expand(1, 2, 130, 130),
+        make_mask(1, 130, 130, padding=False),
+        Shards(ring, 130),
+    )
+    torch.manual_seed(ring.rank)
+    out = ring_attention(*(shards.own(x, 2) for x in (query, key, eye)), mask, Scoring(0.3, dropout=0.25), shards)
+    own = torch.cat([torch.arange(130)[queries] for _, queries in shards.pieces(ring.rank)])
+    out = out[:, :, : len(own)]  # what fills up stands last
+    weights = attention_weights(query, key, mask.table(torch.device("cpu")), Scoring(0.3))[:, :, own]
+    kept = out.detach() != 0
+    pairs = [(out, weights * kept / 0.75)]
+    parts = [torch.autograd.grad(made.square().sum(), (query, key)) for made in (out, pairs[0][1])]
+    for part in itertools.chain(*parts):
+        dist.all_reduce(part)
+    pairs += zip(*parts, strict=True)
+    return kept, max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+
+
+def test_dropout_is_drawn_in_each_process_anew_and_the_same_in_both_passes():
+    (first, error), (second, other_error) = together(2, dropped_out)
+    assert max(error, other_error) <= 1e-11
+    for kept in (first, second):
+        assert float(kept.double().mean()) == pytest.approx(0.75, abs=0.01)
+        for one, other in itertools.combinations(kept[:, :, :33, :99].split(33, dim=-1), 2):  # by pieces of the keys
+            assert not torch.equal(one, other)
+    assert not torch.equal(first[:, :, :33], second[:, :, :33])
+
+
+@given(processes=st.integers(1, 6), length=st.integers(1, 90))
+def test_each_token_lies_in_one_process(processes, length):
+    whole, found = torch.arange(length)[None, :, None], torch.zeros(length, dtype=torch.int64)
+    for rank in range(processes):
+        shards = Shards(Ring(zigzag(processes), rank), length)
+        own = shards.own(whole, 1)[0, :, 0]
+        assert len(own) == shards.tokens < length / processes + 2
+        for place, tokens in shards.pieces(rank):
+            assert torch.equal(own[place], whole[0, tokens, 0])
+            found[tokens] += 1
+    assert torch.equal(found, torch.ones_like(found))
+
+
 CASES = {family: (family, lambda model: model) for family in TASK_OF if family != "deberta-v2"} | {
     "lora": ("bert", with_lora),
     "recomputed": ("llama", with_recomputing),
-    "recomputed, bias": ("t5", with_recomputing),
+    "recomputed, with a bias": ("t5", with_recomputing),
 }
+PLANS = {"two rings": {"variant": "ring", "ring_size": 2}, "encoder alone": {"encoder.self": "ring"}}
+"""Of cases that are not for all families; else ``ring``."""
+CASES |= {"two rings": ("gpt2", lambda model: model), "encoder alone": ("bart", lambda model: model)}
+FEW = {2: ("bert", "t5", "recomputed", "encoder alone"), 4: ("roberta", "modernbert", "lora", "two rings")}
+ALL = {2: tuple(case for case in CASES if case != "two rings"), 4: tuple(CASES)}
 
 
-def update(case, plan):
-    """What two updates of five examples change, in micro-batches of which one is padded."""
+def update(case, *, ring=True, sharded=False):
+    """What an update of four examples and one of a single one change, and how the model answers then."""
     family, alter = CASES[case]
     task, _, features = make_task(TASK_OF[family], family)
-    model = alter(make_model(family, task.auto_class, dropout=False, initializer_range=0.2, **task.model_kwargs()))
-    trainee = make_trainee(task, model, optim="sgd", learning_rate=1.0, max_grad_norm=0.1, attention=plan)
-    before, batching = flat(trainee.bare_model), Batching(5, seed=1, micro_batch_size=3)
-    plan = _updates(trainee, epochs(features.select(range(10)), batching, step=0), batching, start=0, stop=2)
+    model = make_model(family, task.auto_class, dropout=False, initializer_range=0.2, **task.model_kwargs())
+    if ring:
+        swap(model, PLANS.get(case, "ring"))
+    trainee = make_trainee(task, alter(model), optim="sgd", learning_rate=1.0, max_grad_norm=0.1, sharded=sharded)
+    before, batching = flat(trainee.bare_model), Batching(4, seed=1, micro_batch_size=3)
+    plan = _updates(trainee, epochs(features.select(range(5)), batching, step=0), batching, start=0, stop=2)
     made = [run_update(trainee, micro, features, step=step) for step, (*_, micro) in enumerate(plan)]
-    return {"change": flat(trainee.bare_model) - before} | {
-        name: [getattr(one, name) for one in made] for name in ("loss", "grad_norm", "tokens")
-    }
+    found = {name: [getattr(one, name) for one in made] for name in ("loss", "grad_norm", "tokens")}
+    found["change"] = flat(trainee.bare_model) - before
+    if trainee.accelerator.is_main_process and not sharded:  # alone: in eval mode no process waits for another
+        found["answers"] = run(trainee.bare_model, torch.arange(5, 29)[None], torch.ones(1, 24).long())[0]
+    return found
 
 
 def updates(cases):
-    return {case: update(name, plan) for case, (name, plan) in cases.items()}
+    found = {case: update(case) for case in cases}
+    dist.barrier()
+    return found
 
 
-def test_x():
-    cases = {name: (name, "ring") for name in CASES}
-    for found in together(2, updates, cases):
-        for case, (name, _) in cases.items():
-            try:
-                assert_same(found[case], update(name, None))
-            except AssertionError as error:
-                print("BAD", case, error)
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [*FEW.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in ALL.items())],
+)
+def test_the_update_is_that_of_one_process(world_size, cases):
+    results = together(world_size, updates, cases)
+    for case in cases:
+        whole = update(case, ring=False)
+        assert whole["change"].norm() > 1e-3, case
+        for found in results:
+            assert_same(found[case], whole)
+        torch.testing.assert_close(results[0][case]["answers"], whole["answers"], rtol=0, atol=1e-5)
+
+
+def sharded_updates(cases):
+    return {case: update(case, sharded=True) for case in cases}
+
+
+@pytest.mark.slow
+def test_weights_can_be_in_parts_too():
+    """And the gathering of weights waits for no token."""
+    cases = ("bert", "llama", "recomputed, with a bias")
+    for found in together(2, sharded_updates, cases):
+        for case in cases:
+            assert_same(found[case], update(case, ring=False))
