@@ -194,6 +194,11 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
         """Whether one variant is to go wherever it can."""
         return EVERYWHERE in self.root
 
+    def shares(self, processes: int) -> int:
+        """How many of so many processes train on examples of their own: one of each ring, and else all."""
+        sizes = [options.ring_size or processes for options in self.root.values() if isinstance(options, RingOptions)]
+        return processes // min(sizes[0], processes) if sizes else processes
+
     def at(self, role: Role, layer: int) -> AnyOptions:
         """What goes to one site."""
         for place, options in self.root.items():

@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from attention.seam import describe
+from attention.sharing import connect, ring_size
 from heedful import UserError
 from pipelines.config import ModelSection, RunConfig
 from sources.audit import Limits
@@ -202,12 +203,18 @@ def _listed_ids(ids: dict[str, Any]) -> str:
 
 
 def distribute(config: RunConfig, model: nn.Module, accelerator: Accelerator) -> list[str]:
-    """Shard the model where that is asked for, and say so. It must come before the optimizer."""
+    """Share out texts, and shard the model where that is asked for; say so. It must come before the optimizer.
+
+    Raises:
+        UserError: As ``attention.sharing.connect``; or the micro-batches do not fit the rings.
+    """
+    said = connect(model)
+    _check_micro_batches(config, accelerator.num_processes // ring_size(model))
     if config.distributed == "ddp":
-        return []
+        return said
     if accelerator.num_processes == 1:
-        return ["distributed=fsdp2: one process shares with none, and trains as ever"]
-    return [shard(model, accelerator)]
+        return [*said, "distributed=fsdp2: one process shares with none, and trains as ever"]
+    return [*said, shard(model, accelerator)]
 
 
 def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
@@ -216,25 +223,31 @@ def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
     Raises:
         UserError: Micro-batch, accumulation and processes do not multiply to the batch size.
     """
-    train, world_size = config.train, accelerator.num_processes
-    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    if micro and accumulation and micro * accumulation * world_size != train.batch_size:
-        raise UserError(
-            f"{micro} x {accumulation} x {counted(world_size, 'processes')} = "
-            f"{counted(micro * accumulation * world_size, 'examples')} a step",
-            where="train.per_device_train_batch_size, train.gradient_accumulation_steps",
-            expected=f"train.batch_size={train.batch_size}, which is decided first",
-            fix="leave one of the two out: it follows from the others",
-        )
+    train, processes = config.train, accelerator.num_processes
+    _check_micro_batches(config, config.attention.shares(processes) if config.attention else processes)
     return Batching(
         batch_size=train.batch_size,
         seed=config.seed,
         strategy=train.train_sampling_strategy,
-        micro_batch_size=micro,
-        accumulation=accumulation,
+        micro_batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
         num_workers=train.dataloader_num_workers,
         **(CPU_PASSES if accelerator.device.type == "cpu" else ACCELERATOR_PASSES),
     )
+
+
+def _check_micro_batches(config: RunConfig, shares: int) -> None:
+    """Of processes, or of rings of them."""
+    train = config.train
+    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if micro and accumulation and micro * accumulation * shares != train.batch_size:
+        raise UserError(
+            f"{micro} x {accumulation} x {counted(shares, 'processes')} with examples of their own = "
+            f"{counted(micro * accumulation * shares, 'examples')} a step",
+            where="train.per_device_train_batch_size, train.gradient_accumulation_steps",
+            expected=f"train.batch_size={train.batch_size}, which is decided first",
+            fix="leave one of the two out: it follows from the others",
+        )
 
 
 def build_schedule(config: RunConfig, task: Task, steps_per_epoch: int, *, validated: bool) -> Schedule:

@@ -85,7 +85,7 @@ def dropped_out():
     for part in itertools.chain(*parts):
         dist.all_reduce(part)
     pairs += zip(*parts, strict=True)
-    return kept, max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    return kept, max(float((ours - theirs).detach().abs().max()) for ours, theirs in pairs)
 
 
 def test_dropout_is_drawn_in_each_process_anew_and_the_same_in_both_passes():

@@ -143,8 +143,8 @@ class _Call:
             sizes = queries.stop - queries.start, keys.stop - keys.start
             visits = pattern.visits(Extent(*sizes, queries.start - keys.start, self.mask.causal, self.tile))
             if visits:
-                # Each visit of a piece draws its dropout from a seed of its own; no piece has 2**32 of them.
-                seed = self.seed + ((source * len(ring.held[0]) ** 2 + number) << 32)
+                # Far from the seeds of other pieces' visits; of a seed the generator takes no more than 32 bits.
+                seed = self.seed + ((source * len(ring.held[0]) ** 2 + number) << 20)
                 tiles = Tiles(self.mask.part(queries, keys), tuple(visits), self.dropped, self.softcap, seed)
                 yield _Meeting(own, theirs, queries, keys, tiles)
 
