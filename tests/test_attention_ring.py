@@ -1,6 +1,7 @@
 """Several processes that hold one text together do what one process does, to the last function and in the loop."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from test_attention_engine import EXACT, make_bias
 from test_training_loop import assert_same, flat, make_trainee
 from test_training_sharding import TASK_OF, with_lora, with_recomputing
 from tiny_families import make_model, make_task
+from transformers import AutoModel
 
+from attention.options import Plan
 from attention.reference import attention_weights, dense_attention
 from attention.ring import Ring, Shards, zigzag
 from attention.scoring import Scoring
-from attention.seam import run
+from attention.seam import install, run
+from attention.sharing import connect
 from attention.variants.ring import ring_attention
 from training.batches import Batching, epochs
 from training.loop import _updates, run_update
@@ -172,3 +176,29 @@ def test_weights_can_be_in_parts_too():
     for found in together(2, sharded_updates, cases):
         for case in cases:
             assert_same(found[case], update(case, ring=False))
+
+
+def growth(length):
+    """Bytes by which a forward and a backward pass over a long text let this process grow."""
+    dist.init_process_group("gloo")
+    sizes = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 512}
+    model = make_model("bert", AutoModel, max_position_embeddings=length, **sizes)
+    install(model, Plan.model_validate("ring"))
+    connect(model)
+    ids = torch.randint(5, 300, (1, length), generator=torch.Generator().manual_seed(0))
+    before = resident("VmRSS")
+    model.train()(ids, attention_mask=torch.ones_like(ids)).last_hidden_state.square().sum().backward()
+    dist.barrier()
+    return resident("VmHWM") - before
+
+
+def resident(which):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[which].split()[0]) * 1024
+
+
+@pytest.mark.slow
+def test_each_process_needs_its_part_of_the_memory():
+    (alone,) = together(1, growth, 4096)
+    for world_size in (2, 4):
+        assert max(together(world_size, growth, 4096)) <= (1 / world_size + 0.15) * alone
