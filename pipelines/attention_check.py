@@ -19,12 +19,15 @@ from attention.options import ROLES, AnyOptions, Plan
 from attention.seam import (
     choose,
     describe_options,
+    install,
     refuse_beyond,
     refuse_idle_places,
+    refuse_mixed,
     refuse_no_place,
     sites_of,
     try_out,
 )
+from attention.sharing import prove
 from attention.variant import Site, Work, all_pairs
 from heedful import UserError
 from pipelines import config as configuration
@@ -37,6 +40,10 @@ EFFECTIVE = ("attention", "model.revision", "model.trust_remote_code")
 """Settings that matter here."""
 UNBOUNDED = 1024
 """Tokens that are counted with where a model sets no bound."""
+SHARES = (
+    "ring: where several processes train, each holds a part of every text; the pairs are those of all together. "
+    "In one process, and in eval mode, it is blockwise attention."
+)
 WIDTH = 128
 """Of the table where no terminal has one."""
 
@@ -122,6 +129,10 @@ def check(
         )
     if given is not None:
         _refuse(given, findings)
+        if any(VARIANTS[options.variant].shares for options in given.root.values()):
+            install(made, given)
+            prove(made)
+            console.print(SHARES, highlight=False)
     return findings
 
 
@@ -164,6 +175,7 @@ def _refuse(plan: Plan, findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.refusal is not None:
             raise finding.refusal
+    refuse_mixed([f.site for f in findings], [f.chosen for f in findings if f.chosen is not None])
     refuse_no_place(plan, [f.site for f in findings], [f.chosen for f in findings if f.chosen is not None])
 
 

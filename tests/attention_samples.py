@@ -24,6 +24,7 @@ SAMPLES = {
     "adaptive_span": [{"max_span": 20, "ramp": 7}, {"max_span": 300}],
     "lsh": [{"cluster_size": 16, "rounds": 3, "buckets": 8}, {"cluster_size": 5, "rounds": 2}],
     "grouped_query": [{"kv_heads": 1}, {"kv_heads": 2}],
+    "ring": [{}],
 }
 NEUTRAL = {
     "full": {},
@@ -36,6 +37,7 @@ NEUTRAL = {
     "adaptive_span": {"max_span": 10_000},
     "lsh": {"cluster_size": 10_000},
     "grouped_query": {"kv_heads": None},
+    "ring": {},
 }
 """Settings in which a variant is full attention; None is what the model itself has."""
 NARROW = {
@@ -49,7 +51,7 @@ NARROW = {
 }
 """Settings in which a text of some thirty tokens is not seen whole, or not by all heads."""
 NEVER_NEUTRAL = ("additive",)
-NO_PATTERN = ("full", "linformer", "additive", "adaptive_span", "lsh", "grouped_query")
+NO_PATTERN = ("full", "linformer", "additive", "adaptive_span", "lsh", "grouped_query", "ring")
 """Those that are no pattern over the engine."""
 DECODERS = (
     "blockwise",
@@ -61,7 +63,7 @@ DECODERS = (
     "adaptive_span",
     "grouped_query",
 )
-"""Those that give with a cache what they give without; lsh attends to all of a cache."""
+"""Those that give with a cache what they give without; lsh attends to all of a cache, and ring is blockwise here."""
 REFUSED = {
     "linformer": ("modernbert", "llama", "gpt2", "mistral", "gemma2", "qwen3", "t5", "mt5"),
     "additive": ("gemma2", "t5", "mt5"),

@@ -9,7 +9,7 @@ import traceback
 
 import torch
 
-LIMIT = 200
+LIMIT = 250
 """Seconds after which processes that wait for one another are ended."""
 IMPORTS = ["test_training_loop", "transformers.models.auto.modeling_auto"]
 

@@ -10,6 +10,7 @@ from attention_samples import make_mask, make_tensors, swap
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import together
+from pydantic import ValidationError
 from test_attention_engine import EXACT, make_bias
 from test_training_loop import assert_same, flat, make_trainee
 from test_training_sharding import TASK_OF, with_lora, with_recomputing
@@ -21,8 +22,9 @@ from attention.reference import attention_weights, dense_attention
 from attention.ring import Ring, Shards, zigzag
 from attention.scoring import Scoring
 from attention.seam import install, run
-from attention.sharing import connect
-from attention.variants.ring import ring_attention
+from attention.sharing import connect, prove, ring_size
+from attention.variants.ring import RingAttention, ring_attention
+from heedful import UserError
 from training.batches import Batching, epochs
 from training.loop import _updates, run_update
 
@@ -165,6 +167,67 @@ def test_the_update_is_that_of_one_process(world_size, cases):
         torch.testing.assert_close(results[0][case]["answers"], whole["answers"], rtol=0, atol=1e-5)
 
 
+def ring_model(family, plan="ring", **sizes):
+    model = make_model(family, AutoModel, initializer_range=0.2, **sizes)
+    install(model, Plan.model_validate(plan))
+    return model
+
+
+def test_one_process_makes_no_ring():
+    model = ring_model("bert")
+    assert connect(model) == ["ring: one process makes none, and trains on whole texts by blockwise attention"]
+    assert ring_size(model) == 1
+    assert connect(ring_model("bert", "blockwise")) == []
+
+
+def test_processes_that_make_no_whole_rings_are_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(UserError, match="ring_size=2 with 3 processes"):
+        connect(ring_model("bert", {"variant": "ring", "ring_size": 2}))
+    with pytest.raises(ValidationError, match="one number"):
+        Plan.model_validate({"encoder.self": "ring", "decoder.self": {"variant": "ring", "ring_size": 2}})
+    shares = [Plan.model_validate({"variant": "ring", "ring_size": size}).shares(4) for size in (None, 2, 4)]
+    assert [*shares, Plan.model_validate("blockwise").shares(4)] == [1, 2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("bart", {"decoder_layerdrop": 0.1}, "decoder_layerdrop=0.1 with ring attention"),
+        ("albert", {"num_hidden_layers": 4, "num_hidden_groups": 2}, "tokens in another order"),  # each called twice
+    ],
+)
+def test_a_model_in_which_no_text_can_be_shared_out_is_refused(family, sizes, message):
+    with pytest.raises(UserError, match=message):
+        prove(ring_model(family, **sizes))
+
+
+def test_a_model_whose_blocks_let_tokens_meet_elsewhere_is_refused():
+    model = ring_model("bert")
+    prove(model)
+    model.encoder.layer[1].output.register_forward_hook(lambda module, args, out: out + out.roll(1, dims=1))
+    with pytest.raises(UserError, match="BertModel answers differently"):
+        prove(model)
+    assert all(module.stretch is None for module in model.modules() if isinstance(module, RingAttention))
+
+
+def test_a_stack_is_shared_out_as_a_whole():
+    with pytest.raises(UserError, match=r"ring beside another attention at decoder.self\[0\]"):
+        ring_model("llama", {"decoder.self[0]": "blockwise", "decoder.self": "ring"})
+    ring_model("t5", {"encoder.self": "ring", "decoder.self": "strided", "cross": "blockwise"})
+
+
+def test_more_keys_than_the_text_has_are_refused():
+    tensors, mask = make_tensors(queries=8, keys=9), make_mask(queries=8, keys=8, padding=False)
+    shards, length = Shards(Ring(((1, 0),)), 8), 8
+    with pytest.raises(ValueError, match="ring has no cache"):
+        ring_attention(*tensors, mask, Scoring(0.3), shards)
+    bias = make_bias("vector", queries=4, keys=4)
+    with pytest.raises(ValueError, match=f"for a text of {length} tokens"):
+        ring_attention(*(x[:, :, :8] for x in tensors), mask, Scoring(0.3, bias=bias), shards)
+
+
 def sharded_updates(cases):
     return {case: update(case, sharded=True) for case in cases}
 
@@ -182,8 +245,7 @@ def growth(length):
     """Bytes by which a forward and a backward pass over a long text let this process grow."""
     dist.init_process_group("gloo")
     sizes = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 512}
-    model = make_model("bert", AutoModel, max_position_embeddings=length, **sizes)
-    install(model, Plan.model_validate("ring"))
+    model = ring_model("bert", max_position_embeddings=length, **sizes)
     connect(model)
     ids = torch.randint(5, 300, (1, length), generator=torch.Generator().manual_seed(0))
     before = resident("VmRSS")
@@ -198,6 +260,7 @@ def resident(which):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_each_process_needs_its_part_of_the_memory():
     (alone,) = together(1, growth, 4096)
     for world_size in (2, 4):
