@@ -152,6 +152,21 @@ def test_a_plan_that_goes_in_nowhere_is_refused(folder, cli_run, monkeypatch):
     assert "no place for blockwise in this model: encoder.self[0-1]" in log
 
 
+def test_what_ring_does_is_said_and_where_it_can_not_be_refused(folder, cli_run):
+    save_body("bert", "model")
+    code, out, log = cli_run("attention", "check", "model", "attention=ring")
+    assert code == 0, log
+    assert "each holds a part of every text" in out
+    code, out, log = cli_run("attention", "check", "model", "attention={'encoder.self[1]': full, encoder.self: ring}")
+    assert code == 2
+    assert "goes in" in out
+    assert "ring beside another attention at encoder.self[1]" in log
+    save_body("albert", "turns", num_hidden_layers=4)
+    code, out, log = cli_run("attention", "check", "turns", "attention=ring")
+    assert code == 2
+    assert "answers differently" in log
+
+
 def test_a_path_for_all_layers():
     assert common_path(["h.0.attn", "h.1.attn"]) == "h.*.attn"
     assert common_path(["a.b"]) == "a.b"

@@ -1,9 +1,17 @@
 """Settings become parts."""
 
-import numpy as np
-from accelerate import Accelerator
+from types import SimpleNamespace
 
-from pipelines.building import build_batching
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from attention_samples import swap
+from tiny_families import make_model
+from transformers import AutoModel
+
+from heedful import UserError
+from pipelines.building import build_batching, distribute
 from pipelines.config import load
 from training.batches import micro_batches
 
@@ -13,3 +21,26 @@ def test_a_pass_on_a_cpu_is_of_2048_tokens_at_most():
     batching = build_batching(load("configs/qa.yaml"), Accelerator(cpu=True))
     parts = micro_batches(np.arange(32), np.full(32, 256), batching)
     assert [len(part) for part in parts] == [8, 8, 8, 8]
+
+
+SPLIT = ["train.batch_size=32", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4"]
+RING = ["attention=ring", "attention.ring_size=2"]
+
+
+def test_micro_batches_are_counted_by_the_rings(monkeypatch):
+    """Named, the ring is known before anything is read; else when the model brings it along."""
+    four = SimpleNamespace(num_processes=4, device=torch.device("cpu"))
+    assert build_batching(load("configs/qa.yaml", [*SPLIT, *RING]), four).accumulation == 4
+    with pytest.raises(UserError, match="4 x 4 x 4 processes"):
+        build_batching(load("configs/qa.yaml", SPLIT), four)
+    monkeypatch.setattr("pipelines.building.connect", lambda model: ["ring"])
+    monkeypatch.setattr("pipelines.building.ring_size", lambda model: 4)
+    with pytest.raises(UserError, match="4 x 4 x 1 process "):
+        distribute(load("configs/qa.yaml", [*SPLIT, *RING]), torch.nn.Identity(), four)
+
+
+def test_what_becomes_of_a_ring_is_said():
+    model = make_model("bert", AutoModel)
+    swap(model, "ring")
+    one = SimpleNamespace(num_processes=1)
+    assert "one process makes none" in distribute(load("configs/qa.yaml"), model, one)[0]
