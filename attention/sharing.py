@@ -77,10 +77,12 @@ def prove(model: Any) -> None:
     Raises:
         UserError: It answers differently.
     """
-    if skipping := [name for name in SKIPS if getattr(model.config, name, 0)]:
+    configs = [
+        module.config for module in model.modules() if hasattr(module, "config")
+    ]  # of a joined model, its halves'
+    if skipping := [(name, share) for config in configs for name in SKIPS if (share := getattr(config, name, 0))]:
         raise UserError(
-            f"{skipping[0]}={getattr(model.config, skipping[0])} with ring attention: processes would wait for blocks "
-            "that others leave out",
+            "{}={} with ring attention: processes would wait for blocks that others leave out".format(*skipping[0]),
             where="attention",
             fix="take a checkpoint whose config.json has it at 0",
         )
