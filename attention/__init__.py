@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from attention.options import ROLES, Role
+from attention.options import ROLES, Plan, Role
 
 if TYPE_CHECKING:
     from attention.variant import Variant
@@ -64,3 +64,8 @@ VARIANTS: dict[str, VariantEntry] = {
     "ring": VariantEntry("attention.variants.ring:make", AROUND, exact=True, shares=True),
 }
 """Settings of each are in ``attention.options``."""
+
+
+def is_exact(plan: Plan) -> bool:
+    """Whether a model with this plan gives what it gives with full attention."""
+    return all(VARIANTS[options.variant].exact for options in plan.root.values())

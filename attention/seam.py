@@ -70,6 +70,7 @@ class Call:
 
 
 _calls: list[Call] | None = None
+_as_full = False
 
 
 def attend(
@@ -344,6 +345,17 @@ def recorded(model: PreTrainedModel) -> Iterator[list[Call]]:
             config._attn_implementation_internal = name
 
 
+@contextmanager
+def as_full() -> Iterator[None]:
+    """Within, full attention runs at every site in place of its variant, which stays where it is."""
+    global _as_full
+    before, _as_full = _as_full, True
+    try:
+        yield
+    finally:
+        _as_full = before
+
+
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     found = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
@@ -358,13 +370,13 @@ def _go_through(model: PreTrainedModel, name: str) -> None:
 
 def _variant_of(module: nn.Module) -> Variant:
     variant: Variant | None = getattr(module, CHILD, None)
-    if variant is not None:
+    if variant is not None and not _as_full:
         return variant
-    if _calls is None:
+    if variant is None and _calls is None:
         raise ValueError(
             f"{type(module).__name__} has no attention variant: open the model with heedful, which puts it in"
         )
-    unasked = Needs(0, 0, 0)  # of a model without a plan
+    unasked = Needs(0, 0, 0)  # of a site without a variant
     return VARIANTS["full"].load()(FullOptions(), Site("", "encoder.self", 0, module, unasked))
 
 

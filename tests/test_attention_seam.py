@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_samples import make_mask
 from pydantic import ValidationError
-from tiny_families import COMMON, SIZES, TEXTS, make_model, save_body
+from tiny_families import COMMON, SEQ2SEQ, SIZES, TEXTS, make_model, save_body
 from tiny_text import make_tokenizer
 from transformers import (
     AutoModel,
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from attention.options import Plan
-from attention.seam import CHILD, NAME, attend, describe, find_sites, install, mark, remove, stored_plan
+from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, mark, remove, stored_plan
 from attention.variant import Needs
 from heedful import UserError
 from training.models import load_model
@@ -106,6 +106,23 @@ def test_it_goes_to_the_sites_that_ask_for_less(family, values):
     model = make_model(family, AutoModel)
     install(model, plan(values))
     assert any(values[next(iter(values))] in line for line in describe(model))
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mistral", "t5", "bart"])
+def test_full_attention_runs_in_the_place_of_the_variants_for_a_while(family):
+    model, ids = make_model(family, AutoModel), torch.arange(5, 29).view(2, 12)
+    inputs = {"input_ids": ids, "attention_mask": (ids < 26).long()}
+    if family in SEQ2SEQ:
+        inputs["decoder_input_ids"] = ids
+    before = model(**inputs)[0]
+    install(model, plan(WINDOW))
+    swapped = model(**inputs)[0]
+    with as_full():
+        with pytest.raises(KeyError), as_full():
+            raise KeyError
+        torch.testing.assert_close(model(**inputs)[0], before, rtol=0, atol=1e-6)
+    assert torch.equal(model(**inputs)[0], swapped)
+    assert not torch.allclose(swapped, before, rtol=0, atol=1e-4)
 
 
 def test_both_halves_of_a_joined_model_are_sites():

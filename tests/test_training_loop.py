@@ -29,7 +29,7 @@ from training import checkpoints
 from training.batches import Batching, epochs, examples
 from training.checkpoints import Position
 from training.evaluation import predict
-from training.loop import Schedule, Stopped, Trainee, _save, _updates, note_score, run_update, seed_step, train
+from training.loop import Schedule, Stopped, Trainee, _save, note_score, run_update, seed_step, train, updates
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from training.sharding import is_sharded, shard
 from training.tracking import Tracker
@@ -99,7 +99,7 @@ def make_updates(task_name, setup, *, steps=2, sharded=False, attention=None, **
     features = features.select(range(9))
     before = flat(trainee.bare_model)
     batching = Batching(8, seed=1, **batching)
-    plan = _updates(trainee, epochs(features, batching, step=0), batching, start=0, stop=steps)
+    plan = updates(trainee, epochs(features, batching, step=0), batching, start=0, stop=steps)
     made = [run_update(trainee, micro, features, step=step) for step, (*_, micro) in enumerate(plan)]
     return {
         "change": flat(trainee.bare_model) - before,

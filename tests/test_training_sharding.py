@@ -24,7 +24,7 @@ from training import checkpoints
 from training.batches import Batching, epochs
 from training.checkpoints import Position
 from training.evaluation import predict
-from training.loop import _save, _updates, run_update
+from training.loop import _save, run_update, updates
 from training.lora import add_lora
 from training.sharding import blocks, local
 
@@ -63,7 +63,7 @@ def make_case(case, *, sharded):
 
 def micro_batches_of(trainee, features, *, step, **batching):
     batching = Batching(3, seed=1, **batching)
-    ((*_, micro),) = _updates(trainee, epochs(features, batching, step=step), batching, start=step, stop=step + 1)
+    ((*_, micro),) = updates(trainee, epochs(features, batching, step=step), batching, start=step, stop=step + 1)
     return micro
 
 

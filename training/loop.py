@@ -141,7 +141,7 @@ def train(
         Stopped: SIGTERM came; the run is saved.
     """
     with _sigterm() as stop_asked, tracker.live(schedule.total_steps, done=position.step):
-        for block, epoch, micro in _updates(trainee, blocks, batching, start=position.step, stop=schedule.total_steps):
+        for block, epoch, micro in updates(trainee, blocks, batching, start=position.step, stop=schedule.total_steps):
             update = run_update(trainee, micro, block.features, step=position.step, stop=stop_asked())
             position.step, position.block = position.step + 1, block.start
             tracker.update(position.step, epoch, update)
@@ -213,7 +213,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-def _updates(
+def updates(
     trainee: Trainee, blocks: Iterable[Block], batching: Batching, *, start: int, stop: int
 ) -> Iterator[tuple[Block, float, list[Batch]]]:
     """This rank's micro-batches of updates ``start`` to ``stop``, each with its block and the epochs done after it."""
