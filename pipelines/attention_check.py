@@ -31,7 +31,7 @@ from attention.sharing import prove
 from attention.variant import Site, Work, all_pairs
 from heedful import UserError
 from pipelines import config as configuration
-from pipelines.config import RunConfig
+from pipelines.config import TRANSFER, RunConfig
 from sources.assets import ensure
 from tasks.positions import max_positions
 from training.models import empty_model
@@ -146,7 +146,7 @@ def common_path(paths: Sequence[str]) -> str:
 
 def _settings(model: str, overrides: Sequence[str]) -> RunConfig:
     for key in (override.partition("=")[0] for override in overrides):
-        if key not in EFFECTIVE and not key.startswith("attention."):
+        if key not in EFFECTIVE and (not key.startswith("attention.") or key.startswith(TRANSFER)):
             raise UserError(f"{key!r} has no effect here", expected=f"one of: {', '.join(EFFECTIVE)}")
     nothing: dict[str, Any] = {"task": "classification", "output_dir": "none", "model": {"name": model}}
     return configuration.override(nothing, overrides, where="the command line")

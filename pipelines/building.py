@@ -80,7 +80,12 @@ def load_model_config(config: RunConfig, tokenizer: Any) -> Any:
         return new_config(model.architecture, tokenizer)
     if model.init == "encoder_decoder":
         return joined_config(str(model.name), tokenizer, **_where(config))
-    return load_config(str(model.name), **_where(config))
+    return load_own_config(config)
+
+
+def load_own_config(config: RunConfig) -> Any:
+    """The configuration of ``model.name``, as it was saved."""
+    return load_config(str(config.model.name), **_where(config))
 
 
 def _named(model: ModelSection) -> str:

@@ -14,10 +14,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from attention import is_exact
 from attention.options import Plan
 from heedful import UserError
 from tasks import TASKS
 from tasks.options import Options, Settings
+
+TRANSFER = "attention.transfer"
 
 
 class Section(Settings):
@@ -199,6 +202,15 @@ class TrainSection(Section):
         return self
 
 
+def _refuse_without(section: Section, switch: str, name: str) -> None:
+    """Refuse settings of a section that is not switched on."""
+    # By value, not by model_fields_set: a resolved configuration writes every default out.
+    fields = type(section).model_fields
+    changed = sorted(n for n, field in fields.items() if getattr(section, n) != field.default)
+    if getattr(section, switch) is None and changed:
+        raise ValueError(f"{name}.{switch} is not set, so {changed} would have no effect")
+
+
 class LoraSection(Section):
     """LoRA (Hu et al., 2021), on when ``r`` is given. Names as in PEFT's LoraConfig."""
 
@@ -213,10 +225,27 @@ class LoraSection(Section):
 
     @model_validator(mode="after")
     def _settings_need_r(self) -> LoraSection:
-        # By value, not by model_fields_set: a resolved configuration writes every default out.
-        changed = sorted(n for n, field in type(self).model_fields.items() if getattr(self, n) != field.default)
-        if self.r is None and changed:
-            raise ValueError(f"lora.r is not set, so {changed} would have no effect")
+        _refuse_without(self, "r", "lora")
+        return self
+
+
+class TransferSection(Section):
+    """Recovery of what other attention costs, before the task is learned; on when ``steps`` is given. See
+    ``training.transfer``."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Updates in each stage."""
+    learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    """Of what the variants bring; what else is trained learns at ``train.learning_rate``."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples per update, over all ranks and micro-batches."""
+    stages: Literal["both", "layers", "outputs"] = "both"
+    """``layers`` trains what the variants bring, place by place; ``outputs`` their attention modules, by the model's
+    last hidden states."""
+
+    @model_validator(mode="after")
+    def _settings_need_steps(self) -> TransferSection:
+        _refuse_without(self, "steps", "attention.transfer")
         return self
 
 
@@ -249,12 +278,23 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     attention: Plan | None = None
     """Which variant goes where; null leaves it as the checkpoint has it: full, but where it was saved with a plan."""
+    transfer: TransferSection = Field(default=TransferSection(), validation_alias=TRANSFER)
+    """Stands beside the plan in ``attention``, which is stored with the model and does not hold it."""
     distributed: Literal["ddp", "fsdp2"] = "ddp"
     """How several processes share the work: each with the whole model, or each with a part of it; see
     ``training.sharding``."""
     tracking: TrackingSection = TrackingSection()
     options: SerializeAsAny[Options]
     """The task's own settings; in YAML this section carries the task's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _transfer_stands_in_attention(cls, values: Any) -> Any:
+        attention = values.get("attention") if isinstance(values, dict) else None
+        if not isinstance(attention, dict) or "transfer" not in attention:
+            return values
+        plan = {key: value for key, value in attention.items() if key != "transfer"}
+        return {**values, "attention": plan or None, TRANSFER: attention["transfer"] or {}}
 
     @field_validator("distributed", mode="before")
     @classmethod
@@ -269,7 +309,9 @@ class RunConfig(Section):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it would stand in YAML, every default written out."""
         values = self.model_dump(mode="json")
-        values[self.task] = values.pop("options")
+        values[self.task], transfer = values.pop("options"), values.pop("transfer")
+        if self.attention is not None:
+            values["attention"] |= {"transfer": transfer}
         return values
 
 
@@ -331,7 +373,7 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
                 "train.optim='adafactor': its means over rows and columns need whole matrices, which distributed=fsdp2 "
                 "cuts up: use adamw_torch_fused"
             )
-        faults += _faults_of_streaming(config)
+        faults += _faults_of_streaming(config) + _faults_of_transfer(config)
         if not faults:
             return config
     except ValidationError as error:
@@ -353,6 +395,19 @@ def _faults_of_streaming(config: RunConfig) -> list[str]:
     never = ", or train.eval_strategy=no train.save_strategy=no" if lacking else ""
     lacking += ["train.max_steps=N"] if train.max_steps is None else []
     return [f"data.streaming: a stream's length is not known: say {' '.join(lacking)}{never}"] if lacking else []
+
+
+def _faults_of_transfer(config: RunConfig) -> list[str]:
+    """It needs something to learn, and something to learn it from."""
+    if config.transfer.steps is None:
+        return []
+    if config.attention is None:
+        return [f"{TRANSFER}: no attention is named that could learn: say attention=linformer, or another"]
+    if is_exact(config.attention):
+        return [f"{TRANSFER}: nothing to transfer, since this attention gives what full attention gives"]
+    if config.model.init == "scratch":
+        return [f"{TRANSFER}: a model with model.init=scratch has learned nothing that could be transferred"]
+    return []
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -403,7 +458,7 @@ def _is_sign(text: str) -> bool:
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key below ``model``."""
     for name, field in model.model_fields.items():
-        inner = field.annotation
+        name, inner = str(field.validation_alias or name), field.annotation
         if isinstance(inner, type) and issubclass(inner, Settings):
             yield f"{prefix}{name}"
             yield from _keys(inner, f"{prefix}{name}.")

@@ -1,6 +1,7 @@
 """``heedful finetune``: build the parts in the one legal order, train, evaluate, leave a model behind.
 
-seed -> tokenizer -> rows -> model -> features (audited) -> LoRA -> optimizer -> accelerator.prepare -> resume -> train
+seed -> tokenizer -> rows -> model -> features (audited) -> LoRA -> attention transfer -> optimizer ->
+accelerator.prepare -> resume -> train
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from pipelines.preparation import (
 from pipelines.report import learned_tokens, progress_lines, show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
+from pipelines.transfer import recover
 from sources.audit import Audit, audit, check, summary
 from sources.texts import counted
 from tasks import TASKS
@@ -91,6 +93,9 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     task, loaded, features = data.task, data.loaded, data.features
     model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
+    recovered = recover(
+        config, data, batching, resumed=checkpoint is not None, accelerator=accelerator, console=console
+    )
     tell(console, *building.distribute(config, model, accelerator))
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
@@ -103,6 +108,8 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     if accelerator.is_main_process:
         manifest = runs.manifest(config, data=hashes, assets=data.assets, world_size=accelerator.num_processes)
         run.open_(config, manifest, asdict(data.audited))
+        if recovered is not None:
+            write_json(run.transfer, recovered)
 
     def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
         return evaluate_split(

@@ -11,7 +11,7 @@ from rich.table import Table
 from pipelines import building
 from pipelines.config import RunConfig
 from pipelines.finetune import be_deterministic, prepare
-from pipelines.preparation import build_accelerator, build_console
+from pipelines.preparation import build_accelerator, build_console, tell
 from sources.texts import counted
 from training.batches import epoch_batches, examples, micro_batches, rank_share
 from training.footprint import Footprint, device_memory, measure
@@ -75,6 +75,8 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     )
     console.print(found.model, highlight=False, markup=False)
     console.print(_table(found))
+    if config.transfer.steps is not None:
+        tell(console, f"attention.transfer comes on top: {counted(config.transfer.steps, 'updates')} in each stage")
     return found
 
 

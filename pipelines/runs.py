@@ -66,6 +66,11 @@ class Run:
         """What the model has to beat: a simple rule and, if asked for, itself before training."""
         return self.folder / "baselines.json"
 
+    @property
+    def transfer(self) -> Path:
+        """How near other attention was to full attention, before and after ``attention.transfer``."""
+        return self.folder / "transfer.json"
+
     def require_writable(self) -> None:
         """Find out before the work what would else be found out after it. Nothing is left there.
 

@@ -20,7 +20,7 @@ train.eval_steps train.optim train.learning_rate train.per_device_train_batch_si
 train.warmup_steps train.lr_scheduler_type train.bf16 train.max_grad_norm lora.r lora.lora_alpha lora.target_modules
 attention distributed tracking.wandb
 """
-FIELDS = {"RunConfig": 12, "model": 8, "data": 17, "train": 29, "lora": 6, "tracking": 2}
+FIELDS = {"RunConfig": 13, "model": 8, "data": 17, "train": 29, "lora": 6, "transfer": 4, "tracking": 2}
 
 
 @pytest.fixture
@@ -130,6 +130,47 @@ def test_a_fault_names_its_key_and_the_nearest_known_one(write, override, expect
 def test_what_sharding_can_not_do_is_refused(write, overrides, expected):
     assert expected in refusal(write(), *overrides)
     assert config.load(write(), ["distributed=fsdp2"]).distributed == "fsdp2"
+
+
+SLOTS = ["attention=linformer", "attention.k=8"]
+
+
+def test_a_transfer_stands_beside_the_plan_and_not_in_it(write):
+    short = config.load(write(), [*SLOTS, "attention.transfer.steps=200"])
+    assert short.attention.model_dump() == {"variant": "linformer", "k": 8}
+    assert (short.transfer.steps, short.transfer.stages) == (200, "both")
+    assert short.to_dict()["attention"] == {"variant": "linformer", "k": 8, "transfer": short.transfer.model_dump()}
+    text = "task: ner\nmodel: {name: m}\nattention: {encoder.self: linformer, transfer: {steps: 5, stages: layers}}\n"
+    long = config.load(write(text), ["attention.transfer.batch_size=8"])
+    assert list(long.attention.root) == ["encoder.self"]
+    assert (long.transfer.steps, long.transfer.stages, long.transfer.batch_size) == (5, "layers", 8)
+    for loaded in (short, long, config.load(write(), SLOTS)):
+        assert config.validate(yaml.safe_load(yaml.safe_dump(loaded.to_dict())), where="again") == loaded
+    assert config.load(write(), ["attention.transfer=null"]).to_dict()["attention"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([*SLOTS, "attention.transfer.step=1"], "step: unknown key. Did you mean attention.transfer.steps?"),
+        ([*SLOTS, "attention.transfer.steps=0"], "attention.transfer.steps=0: Input should be greater"),
+        ([*SLOTS, "attention.transfer.steps=yes"], "attention.transfer.steps=True: Input should be a number"),
+        ([*SLOTS, "attention.transfer.learning_rate=.nan"], "attention.transfer.learning_rate=nan"),
+        ([*SLOTS, "attention.transfer.batch_size=0"], "attention.transfer.batch_size=0"),
+        ([*SLOTS, "attention.transfer.steps=1", "attention.transfer.stages=all"], "attention.transfer.stages='all'"),
+        ([*SLOTS, "attention.transfer=200"], "attention.transfer=200"),
+        ([*SLOTS, "attention.transfer.batch_size=8"], "attention.transfer.steps is not set, so ['batch_size'] would"),
+        (["attention.transfer.steps=1"], "attention.transfer: no attention is named"),
+        (["attention=blockwise", "attention.transfer.steps=1"], "attention.transfer: nothing to transfer"),
+        (["transfer.steps=1"], "transfer: unknown key"),
+        (
+            [*SLOTS, "attention.transfer.steps=1", "model.init=scratch", "model.architecture={model_type: bert}"],
+            "attention.transfer: a model with model.init=scratch",
+        ),
+    ],
+)
+def test_a_transfer_that_can_not_be_is_refused(write, overrides, expected):
+    assert expected in refusal(write(), *overrides)
 
 
 def test_missing_keys_are_named(write):
