@@ -211,9 +211,11 @@ def test_a_checkpoint_of_which_a_part_lies_on_another_machine_is_none(tmp_path):
 
 def test_one_process_is_told_that_it_shares_with_none():
     from pipelines import building
+    from pipelines.config import override
 
     model = nn.Linear(2, 2)
-    config = SimpleNamespace(distributed="fsdp2")
+    values = {"task": "ner", "output_dir": "none", "model": {"name": "none"}, "distributed": "fsdp2"}
+    config = override(values, [], where="here")
     said = building.distribute(config, model, SimpleNamespace(num_processes=1))
     assert said == ["distributed=fsdp2: one process shares with none, and trains as ever"]
     assert type(model) is nn.Linear
