@@ -201,14 +201,16 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
 
     def at(self, role: Role, layer: int) -> AnyOptions:
         """What goes to one site."""
-        for place, options in self.root.items():
-            if place == EVERYWHERE or _is_at(place, role, layer):
-                return options
-        return FullOptions()
+        place = self._place(role, layer)
+        return FullOptions() if place is None else self.root[place]
 
     def idle(self, sites: list[tuple[Role, int]]) -> list[str]:
-        """Places that no site of a model fits."""
-        return [p for p in self.root if p != EVERYWHERE and not any(_is_at(p, *site) for site in sites)]
+        """Places that decide for no site of a model: it lacks them, or one before them takes all of theirs."""
+        deciding = {self._place(*site) for site in sites}
+        return [place for place in self.root if place != EVERYWHERE and place not in deciding]
+
+    def _place(self, role: Role, layer: int) -> str | None:
+        return next((p for p in self.root if p == EVERYWHERE or _is_at(p, role, layer)), None)
 
 
 def _is_at(place: str, role: str, layer: int) -> bool:

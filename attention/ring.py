@@ -1,4 +1,5 @@
-"""Processes that hold one text together, and which part of it each holds (Liu et al., arXiv 2310.01889).
+"""Context parallelism: processes that hold one text together, and which part of it each holds (Liu et al., arXiv
+2310.01889).
 
 The text is cut into twice as many pieces as there are processes, and each holds one from the front and its mirror image
 from the back: where tokens look back only, all then have equal work (Llama 3, arXiv 2407.21783, section 3.3.2; Striped

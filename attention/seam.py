@@ -262,7 +262,7 @@ def choose(plan: Plan, site: Site) -> AnyOptions:
 
 
 def refuse_idle_places(plan: Plan, sites: Sequence[Site]) -> None:
-    """Refuse a plan with a place that the model lacks.
+    """Refuse a plan with a place that the model lacks, or that another hides.
 
     Raises:
         UserError: Naming it, and the places that there are.
@@ -271,7 +271,7 @@ def refuse_idle_places(plan: Plan, sites: Sequence[Site]) -> None:
         raise UserError(
             f"no such place in this model: {', '.join(idle)}",
             where="attention",
-            expected=f"among {', '.join(_summary(sites))}",
+            expected=f"among {', '.join(_summary(sites))}; of two that hold a layer the first decides",
         )
 
 

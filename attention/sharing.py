@@ -1,4 +1,4 @@
-"""Where in a model a text is shared out: between the first block of a stack and the last.
+"""Where in a model a text is shared out (context parallelism): between the first block of a stack and the last.
 
 Embeddings, positions and masks are made of the whole text in each process of a ring, and so need not know. The first
 block gets this process's tokens of it, and after the last one all processes' are joined, so that heads and losses see

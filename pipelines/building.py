@@ -114,6 +114,11 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
         loaded = swap_attention(join_encoders(str(config.model.name), task.tokenizer, **halves), config.attention)
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
+    if loaded.growth is None and config.model.positions not in ("auto", "refuse"):
+        raise UserError(
+            f"model.positions={config.model.positions} has no effect: this model has the positions that are wanted",
+            fix="leave it out, or say a longer model.max_length",
+        )
     check_lengths(loaded.model, task.sequences())
     _raise_tokenizer(task, loaded, config.model.max_length)
     task.prepare_model(loaded.model)
@@ -229,7 +234,10 @@ def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
         UserError: Micro-batch, accumulation and processes do not multiply to the batch size.
     """
     train, processes = config.train, accelerator.num_processes
-    _check_micro_batches(config, config.attention.shares(processes) if config.attention else processes)
+    if config.attention is not None:
+        _check_micro_batches(config, config.attention.shares(processes))
+    elif processes == 1:  # several may make rings, which a checkpoint's own plan says: see ``distribute``
+        _check_micro_batches(config, 1)
     return Batching(
         batch_size=train.batch_size,
         seed=config.seed,

@@ -338,9 +338,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def override(raw: dict[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig:
     """Apply ``a.b=value`` overrides to plain values, and validate; see ``load``."""
+    _refuse_undone(overrides)
     for assignment in overrides:
         _apply(raw, assignment)
     return validate(raw, where=where)
+
+
+def _refuse_undone(overrides: Sequence[str]) -> None:
+    """An override of a whole section would undo one of its settings that stands before it, without a word."""
+    keys = [assignment.partition("=")[0] for assignment in overrides]
+    for place, key in enumerate(keys):
+        inside = (k for k in keys[:place] if k.startswith(f"{key}.") and not k.startswith(f"{TRANSFER}."))
+        if (undone := next(inside, None)) is not None:
+            raise UserError(f"{undone}=... before {key}=..., which undoes it", fix=f"say {key}=... first")
 
 
 def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
@@ -435,6 +445,7 @@ def _apply(raw: dict[str, Any], assignment: str) -> None:
     if not equals or not all(key.split(".")):
         raise UserError(f"override {assignment!r}", expected="KEY=VALUE, e.g. train.learning_rate=3e-5")
     *parents, last = key.split(".")
+    former = raw.get("attention")
     for parent in parents:
         child = raw.get(parent)
         if isinstance(child, str) and parent == "attention":  # the short form: its settings go beside its name
@@ -448,6 +459,9 @@ def _apply(raw: dict[str, Any], assignment: str) -> None:
         raw[last] = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {assignment!r} is not readable as YAML: {error}", where=key) from error
+    if key == "attention" and isinstance(former, dict) and "transfer" in former:  # which is no part of the plan
+        plan = {"variant": raw[last]} if isinstance(raw[last], str) else raw[last] or {}
+        raw[last] = {"transfer": former["transfer"], **plan}
 
 
 def _is_sign(text: str) -> bool:

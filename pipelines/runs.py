@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from heedful import UserError, __version__
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, validate
 from training import checkpoints
 from training.checkpoints import write_json
 
@@ -145,7 +145,8 @@ def _refuse_other_settings(stored: Path, config: RunConfig) -> None:
     """A run that goes on with other settings would be neither of the two."""
     if not stored.is_file():
         raise UserError("no config.yaml beside the checkpoints", where=str(stored))
-    before, now = _flat(yaml.safe_load(stored.read_text(encoding="utf-8"))), _flat(config.to_dict())
+    former = validate(yaml.safe_load(stored.read_text(encoding="utf-8")), where=str(stored))  # of an older version, too
+    before, now = _flat(former.to_dict()), _flat(config.to_dict())
     keys = sorted({*before, *now})
     changed = [
         k for k in keys if before.get(k) != now.get(k) and not any(f"{k}.".startswith(f"{f}.") for f in FREE_TO_CHANGE)

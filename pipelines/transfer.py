@@ -71,6 +71,10 @@ def recover(
     each = f"{counted(settings.steps, 'updates')} in each stage"
     measured = f"agreement on {counted(len(held_out), 'examples')} {split}"
     tell(console, f"attention.transfer: {each}, {measured}; a run killed before its first checkpoint makes it again")
+    if data.loaded.growth is not None:
+        tell(console, "attention.transfer: the teacher reads at its new positions, for which it was not trained")
+    if config.train.activation_checkpointing:
+        tell(console, "attention.transfer: in eval mode, so train.activation_checkpointing saves no memory in it")
     found = transfer(
         data.loaded.model,
         data.task,
@@ -92,8 +96,6 @@ def recover(
 
 def _refuse_trained(config: RunConfig) -> None:
     """Weights that were trained with other attention have no full attention to teach."""
-    if config.model.init != "pretrained":
-        return
     stored = getattr(building.load_own_config(config), PLAN, None)
     if stored is not None and not is_exact(Plan.model_validate(stored)):
         raise UserError(

@@ -43,4 +43,5 @@ def max_positions(model: nn.Module) -> int | None:
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - offset
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    return None if getattr(config, "relative_attention", False) else getattr(config, "max_position_embeddings", None)
+    endless = getattr(config, "relative_attention", False) or getattr(config, "alibi", False)
+    return None if endless else getattr(config, "max_position_embeddings", None)

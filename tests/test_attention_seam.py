@@ -276,6 +276,7 @@ def test_a_plan_of_a_later_version_is_named(saved):
     ("values", "message"),
     [
         ({"cross": WINDOW}, "no such place in this model: cross"),
+        ({"encoder.self": "full", "encoder.self[0-1]": WINDOW}, r"no such place in this model: encoder\.self\[0-1\]"),
         ({"encoder.self[0-2]": WINDOW, "encoder.self[7]": "blockwise"}, r"no such place in this model: .*\[7\]"),
     ],
 )

@@ -32,7 +32,10 @@ def test_micro_batches_are_counted_by_the_rings(monkeypatch):
     four = SimpleNamespace(num_processes=4, device=torch.device("cpu"))
     assert build_batching(load("configs/qa.yaml", [*SPLIT, *RING]), four).accumulation == 4
     with pytest.raises(UserError, match="4 x 4 x 4 processes"):
-        build_batching(load("configs/qa.yaml", SPLIT), four)
+        build_batching(load("configs/qa.yaml", [*SPLIT, "attention=blockwise"]), four)
+    assert build_batching(load("configs/qa.yaml", SPLIT), four).accumulation == 4, "a checkpoint may bring a ring along"
+    with pytest.raises(UserError, match="4 x 4 x 4 processes"):
+        distribute(load("configs/qa.yaml", SPLIT), torch.nn.Identity(), four)
     monkeypatch.setattr("pipelines.building.connect", lambda model: ["ring"])
     monkeypatch.setattr("pipelines.building.ring_size", lambda model: 4)
     with pytest.raises(UserError, match="4 x 4 x 1 process "):

@@ -490,6 +490,7 @@ def test_broken_json_line_is_named(project, cli_run):
         (["data.validation=unseen.csv"], "'c'"),
         (["model.max_length=100", "model.positions=refuse"], "64"),
         (["model.positions=dynamic"], "the longest text so far"),
+        (["model.positions=tile"], "has no effect: this model has the positions"),
         (["model.init=scratch", "model.architecture.model_type=bert", "model.positions=tile"], "has no effect"),
         (["model.name=./nothing"], "no such model folder"),
         (["model.name=./bare"], "tokenizer files"),

@@ -173,6 +173,17 @@ def test_a_transfer_that_can_not_be_is_refused(write, overrides, expected):
     assert expected in refusal(write(), *overrides)
 
 
+def test_another_plan_leaves_the_transfer(write):
+    """Whatever is said first; and a plan's own settings are not undone without a word."""
+    turned = ["attention.transfer.steps=5", *SLOTS]
+    assert config.load(write(), turned) == config.load(write(), [*SLOTS, "attention.transfer.steps=5"])
+    text = "task: ner\nmodel: {name: m}\nattention: {variant: strided, stride: 4, transfer: {steps: 5}}\n"
+    for plan in ("attention=linformer", "attention={variant: linformer}"):
+        other = config.load(write(text), [plan])
+        assert (other.transfer.steps, other.attention.model_dump()["variant"]) == (5, "linformer")
+    assert "attention.k=... before attention=..., which undoes it" in refusal(write(), *SLOTS[::-1])
+
+
 def test_missing_keys_are_named(write):
     assert "model: required and not given" in refusal(write("task: ner"))
     assert "model.name is required and not given" in refusal(write("task: ner\nmodel: {max_length: 64}"))

@@ -219,5 +219,9 @@ def test_sigterm_saves_and_exits_143(config, tmp_path):
 
 def test_resume_with_other_settings_is_refused(config, tmp_path):
     run(config, tmp_path / "run", point="update:6")
+    stored = tmp_path / "run/config.yaml"
+    former = yaml.safe_load(stored.read_text())
+    del former["model"]["positions"]  # as a version wrote it that had no such setting
+    stored.write_text(yaml.safe_dump(former))
     refused = run(config, tmp_path / "run", overrides=["resume=auto", "train.learning_rate=0.5"])
-    assert "train.learning_rate=0.5 (was 0.001)" in refused.stderr
+    assert "settings than the run had: train.learning_rate=0.5 (was 0.001)\n" in refused.stderr

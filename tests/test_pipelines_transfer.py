@@ -163,6 +163,8 @@ def test_a_model_that_was_trained_with_other_attention_is_no_teacher(project, cl
     assert code == 2
     assert "a model that was trained with other attention than full" in log
     assert not Path("runs/on").exists()
+    code, _, log = cli_run("finetune", "run.yaml", *TRANSFER, "model.name=runs/run/model", "model.init=new_head")
+    assert (code, "a model that was trained with other attention than full" in log) == (2, True)
 
 
 def test_other_verbs_say_what_becomes_of_it(project, cli_run):

@@ -139,6 +139,8 @@ def _resized(config: PreTrainedConfig, old: int, new: int, how: str) -> dict[str
         values: dict[str, Any] = {"max_position_embeddings": part.max_position_embeddings + new - old}
         if how in ROTARY:
             rope = {**part.rope_parameters, "rope_type": how, "factor": new / old}
+            if getattr(part, "head_dim", 0) is None:  # transformers multiplies it where positions are scaled
+                values["head_dim"] = part.hidden_size // part.num_attention_heads
             values["rope_parameters"] = rope | ({"original_max_position_embeddings": old} if how == "yarn" else {})
         changed |= {name: values} if name else values
     return changed

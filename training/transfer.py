@@ -255,8 +255,10 @@ class _Matching:
     pupil: Pupil
     task: Task
 
-    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        return self.task.collate(rows)
+    @property
+    def collate(self) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+        """The task's own: a method of this one would take the model along to the processes that load data."""
+        return self.task.collate
 
     def count(self, batch: Batch) -> Tensor:
         """Real tokens."""

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention.dropout import LEVELS, draw_keep
-from attention.engine import ranges
+from attention.dropout import draw_keep
+from attention.engine import dropping, raised, ranges, wide
 from attention.masks import LazyMask
 from attention.options import LshOptions
 from attention.scoring import Scoring
@@ -91,10 +91,9 @@ class Lsh(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
         tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
         order_BN = _real_first(mask, tokens) if self.causal else None
-        dropped = round(scoring.dropout * LEVELS)
-        seed = int(torch.randint(2**62, ())) if dropped else 0  # from torch's generator, so that recomputing repeats it
-        values = _wide(value) * (LEVELS / (LEVELS - dropped))
-        q, k, v = (_placed(x, order_BN) for x in (_wide(query) * scoring.scaling, _wide(key), values))
+        dropped, seed = dropping(scoring)
+        values = wide(value) * raised(dropped)
+        q, k, v = (_placed(x, order_BN) for x in (wide(query) * scoring.scaling, wide(key), values))
         text = Text(k, v, mask, order_BN, dropped, seed)
         with torch.no_grad():
             hashes_BHNR = self._along(q).argmax(-1)
@@ -342,10 +341,6 @@ def _real_first(mask: LazyMask, tokens: int) -> Tensor | None:
 
 def _placed(x_BHND: Tensor, order_BN: Tensor | None) -> Tensor:
     return x_BHND if order_BN is None else x_BHND.gather(2, order_BN[:, None, :, None].expand_as(x_BHND))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def directions(seed: tuple[int, ...], rounds: int, width: int, count: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import typer
 
 from scripts.bench_attention import duplicate, exactness, pages, quality, speed
+from scripts.bench_attention.subjects import FOLDER
 
 MEASUREMENTS: dict[str, Callable[..., None]] = {
     "exactness": exactness.measure,
@@ -23,9 +24,9 @@ for name, measure in MEASUREMENTS.items():
 
 @app.command(name="all")
 def measure_all() -> None:
-    """Every measurement."""
+    """Every measurement, written to docs/attention/."""
     for measure in MEASUREMENTS.values():
-        measure()
+        measure(write=FOLDER)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ not at all: then one sign in 31 is right by chance. A window that is secretly wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from attention.options import Plan
 from attention.seam import install
-from scripts.bench_attention.subjects import FOLDER
+from scripts.bench_attention.subjects import Write, some_of
 from scripts.reporting import processor, table, versions, write_page
 from tasks.protocol import Batch, Task
 from training.loop import Trainee, run_update
@@ -113,9 +112,9 @@ def accuracy(model: nn.Module) -> float:
 
 
 def measure(
-    case: Annotated[list[str] | None, typer.Option(help="Some of them; all without.")] = None,
+    case: Annotated[list[str] | None, some_of(CASES)] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    write: Annotated[Path, typer.Option(help="The folder of the table.")] = FOLDER,
+    write: Write = None,
 ) -> None:
     """Train and score every case, with each seed."""
     torch.set_num_threads(1)
@@ -128,10 +127,9 @@ def measure(
         f"{LAYERS} layers; a sign stands {WORD} tokens after the one to be found; chance is {100 / SIGNS:.1f} %.\n\n"
         + table(["attention", "can it?", *(f"seed {seed}" for seed in range(seeds))], rows)
     )
-    facts = {
-        "command": f'make attention ARGS="duplicate --seeds {seeds}"',
-        "device": processor(),
-        **versions(["torch"]),
-    }
-    write_page(write / "duplicate.md", "Which attention can copy", facts, text, {"scores": scores})
     typer.echo(text)
+    if write is not None:
+        cases = "".join(f" --case '{name}'" for name in case or ())
+        command = f'make attention ARGS="duplicate --seeds {seeds}{cases}"'
+        facts = {"command": command, "device": processor(), **versions(["torch"])}
+        write_page(write / "duplicate.md", "Which attention can copy", facts, text, {"scores": scores})

@@ -6,8 +6,7 @@ What is written out is computed in fp64, of the tensors as they are after roundi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -16,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attention import VARIANTS
 from attention.scoring import Scoring
-from scripts.bench_attention.subjects import FOLDER, HEADS, WIDTH, draw, make_mask, make_variant, settings_of
+from scripts.bench_attention.subjects import HEADS, WIDTH, Write, draw, make_mask, make_variant, settings_of
 from scripts.reporting import table, versions, write_page
 
 LENGTH, ROWS, PADDING = 1500, 2, 300
@@ -27,14 +26,15 @@ NOT_WRITTEN_OUT = ("lsh",)
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def measure(write: Annotated[Path, typer.Option(help="The folder of the table.")] = FOLDER) -> None:
+def measure(write: Write = None) -> None:
     """Distances of outputs and gradients, in three types; in bf16 those of torch's kernel over the same pairs too."""
     names = [name for name in VARIANTS if name not in NOT_WRITTEN_OUT and hasattr(make_variant(name), "weights")]
     reports = [{"variant": name, "type": kind, **distances(name, kind)} for name in names for kind in TYPES]
-    facts = {"command": 'make attention ARGS="exactness"', **versions(["torch"])}
     text = tables(reports)
-    write_page(write / "exactness.md", "Exactness", facts, text, {"reports": reports})
     typer.echo(text)
+    if write is not None:
+        facts = {"command": 'make attention ARGS="exactness"', **versions(["torch"])}
+        write_page(write / "exactness.md", "Exactness", facts, text, {"reports": reports})
 
 
 def tables(reports: Sequence[dict[str, Any]]) -> str:

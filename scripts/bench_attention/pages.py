@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from attention import VARIANTS
-from scripts.bench_attention.subjects import FOLDER, settings_of
+from scripts.bench_attention.subjects import FOLDER, Write, settings_of
 from scripts.reporting import replace_section, table
 
 
-def measure(write: Annotated[Path, typer.Option(help="The folder of the tables.")] = FOLDER) -> None:
-    """Fill in the figures that were measured; what was not is left out."""
+def measure(write: Write = None) -> None:
+    """Fill in the figures that were measured and written; what was not is left out."""
+    write = write or FOLDER
     for name in VARIANTS:
         parts = [part for part in (_measured(name, write), _quality(name, write)) if part]
         replace_section(write / f"{name}.md", "figures", "\n\n".join(parts))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scripts.bench_attention.subjects import FOLDER
+from scripts.bench_attention.subjects import Write, some_of
 from scripts.bench_peer import whole_run
 from scripts.reporting import interval95, processor, table, versions, write_page
 
@@ -54,26 +54,28 @@ TRIALS = {
 
 
 def measure(
-    task: Annotated[list[str] | None, typer.Option(help="Some of them; all without.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="Some rows; all without.")] = None,
+    task: Annotated[list[str] | None, some_of(TRIALS)] = None,
+    variant: Annotated[list[str] | None, some_of(next(iter(TRIALS.values())).plans)] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     keep: Annotated[Path | None, typer.Option(help="Store runs here as they end, and use those there.")] = None,
-    write: Annotated[Path, typer.Option(help="The folder of the tables.")] = FOLDER,
+    write: Write = None,
 ) -> None:
     """Test scores of whole runs, seed by seed, against full attention."""
     for name in task or TRIALS:
         trial = TRIALS[name]
         rows = [FULL, *(row for row in variant or trial.plans if row != FULL)]
         reports = {row: [_run(name, trial, row, seed, keep) for seed in range(seeds)] for row in rows}
-        facts = {
-            "command": f'make attention ARGS="quality --task {name} --seeds {seeds}"',
-            "device": processor(),
-            "settings": " ".join(trial.settings),
-            **versions(["torch", "transformers"]),
-        }
         text = quality_table(reports, trial.plans)
-        write_page(write / f"quality-{name}.md", f"Quality, {name}", facts, text, {"reports": reports})
         typer.echo(text)
+        if write is not None:
+            some = "".join(f" --variant '{row}'" for row in variant or ())
+            facts = {
+                "command": f'make attention ARGS="quality --task {name} --seeds {seeds}{some}"',
+                "device": processor(),
+                "settings": " ".join(trial.settings),
+                **versions(["torch", "transformers"]),
+            }
+            write_page(write / f"quality-{name}.md", f"Quality, {name}", facts, text, {"reports": reports})
 
 
 def quality_table(reports: Mapping[str, Sequence[Mapping[str, Any]]], plans: Mapping[str, Sequence[str]]) -> str:

@@ -21,7 +21,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attention import VARIANTS
 from attention.scoring import Scoring
-from scripts.bench_attention.subjects import FOLDER, HEADS, LONGEST, WIDTH, draw, make_mask, make_variant, settings_of
+from scripts.bench_attention.subjects import (
+    HEADS,
+    LONGEST,
+    WIDTH,
+    Write,
+    draw,
+    make_mask,
+    make_variant,
+    settings_of,
+    some_of,
+)
 from scripts.peer import peak_mib
 from scripts.reporting import processor, table, versions, write_page
 
@@ -32,19 +42,25 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def measure(
     lengths: Annotated[list[int], typer.Option()] = LENGTHS,
-    variant: Annotated[list[str] | None, typer.Option(help="Some of them; all without.")] = None,
-    write: Annotated[Path, typer.Option(help="The folder of the tables.")] = FOLDER,
+    variant: Annotated[list[str] | None, some_of(VARIANTS)] = None,
+    write: Write = None,
 ) -> None:
     """Time and memory of a training step at these lengths, each in a process of its own."""
     names = [KERNEL, *(variant or VARIANTS)]
     dropped_at = min(lengths, key=lambda length: abs(length - 4096))
     reports = [_in_process(name, length, 0.0) for name in names for length in lengths]
     reports += [_in_process(name, dropped_at, DROPOUT) for name in names]
-    facts = {"command": 'make attention ARGS="speed"', "device": processor(), "threads": "1", **versions(["torch"])}
-    text = f"{tables(reports)}\n\n![time by length](speed.svg)"
-    write_page(write / "speed.md", "Time and memory", facts, text, {"reports": reports})
-    draw_times(reports, write / "speed.svg")
+    text = tables(reports)
     typer.echo(text)
+    if write is None:
+        return
+    options = [f" --lengths {length}" for length in lengths if lengths != LENGTHS]
+    options += [f" --variant {name}" for name in variant or ()]
+    command = f'make attention ARGS="speed{"".join(options)}"'
+    facts = {"command": command, "device": processor(), "threads": "1", **versions(["torch"])}
+    page = f"{text}\n\n![time by length](speed.svg)"
+    write_page(write / "speed.md", "Time and memory", facts, page, {"reports": reports})
+    draw_times(reports, write / "speed.svg")
 
 
 def measure_one(name: str, length: int, dropout: float = 0.0) -> None:

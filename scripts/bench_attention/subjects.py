@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 from attention import VARIANTS
@@ -15,6 +17,7 @@ from attention.options import Plan
 from attention.variant import Needs, Site, Variant
 
 FOLDER = Path("docs/attention")
+Write = Annotated[Path | None, typer.Option(help="A folder for the tables, such as docs/attention.")]
 HEADS, WIDTH, LONGEST = 4, 64, 2**14
 SETTINGS: dict[str, dict[str, Any]] = {
     "sliding_window": {"reach": 256},
@@ -23,6 +26,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grouped_query": {"kv_heads": 2},
 }
 """What is measured where it is not the default."""
+
+
+def some_of(names: Iterable[str]) -> Any:
+    """An option that takes some of these, or all when it is left out."""
+    known = list(names)
+
+    def check(given: list[str] | None) -> list[str] | None:
+        if unknown := [name for name in given or () if name not in known]:
+            raise typer.BadParameter(f"{unknown[0]!r}, which is none of: {'; '.join(known)}")
+        return given
+
+    return typer.Option(help="Some of them; all without.", callback=check)
 
 
 def settings_of(name: str) -> str:
