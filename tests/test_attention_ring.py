@@ -26,7 +26,7 @@ from attention.sharing import connect, prove, ring_size
 from attention.variants.ring import RingAttention, ring_attention
 from heedful import UserError
 from training.batches import Batching, epochs
-from training.loop import _updates, run_update
+from training.loop import run_update, updates
 
 KINDS = [
     {"causal": causal, "bias": bias, "softcap": cap, "groups": groups, "length": length}
@@ -138,7 +138,7 @@ def update(case, *, ring=True, sharded=False):
         swap(model, PLANS.get(case, "ring"))
     trainee = make_trainee(task, alter(model), optim="sgd", learning_rate=1.0, max_grad_norm=0.1, sharded=sharded)
     before, batching = flat(trainee.bare_model), Batching(4, seed=1, micro_batch_size=3)
-    plan = _updates(trainee, epochs(features.select(range(5)), batching, step=0), batching, start=0, stop=2)
+    plan = updates(trainee, epochs(features.select(range(5)), batching, step=0), batching, start=0, stop=2)
     made = [run_update(trainee, micro, features, step=step) for step, (*_, micro) in enumerate(plan)]
     found = {name: [getattr(one, name) for one in made] for name in ("loss", "grad_norm", "tokens")}
     found["change"] = flat(trainee.bare_model) - before
