@@ -147,7 +147,7 @@ def update(case, *, ring=True, sharded=False):
     return found
 
 
-def updates(cases):
+def made_updates(cases):
     found = {case: update(case) for case in cases}
     dist.barrier()
     return found
@@ -158,7 +158,7 @@ def updates(cases):
     [*FEW.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in ALL.items())],
 )
 def test_the_update_is_that_of_one_process(world_size, cases):
-    results = together(world_size, updates, cases)
+    results = together(world_size, made_updates, cases)
     for case in cases:
         whole = update(case, ring=False)
         assert whole["change"].norm() > 1e-3, case
