@@ -73,7 +73,8 @@ def test_in_its_neutral_setting_a_variant_is_full_attention(family):
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart"])
 def test_variants_are_mixed_by_role_and_layer(family):
-    model, inputs = make_model(family, auto_class(family)), make_inputs(family)
+    layers = {"t5": {"num_layers": 2}, "bart": {"decoder_layers": 2}}.get(family, {})
+    model, inputs = make_model(family, auto_class(family), **layers), make_inputs(family)
     own = "encoder.self" if family == "bert" else "decoder.self"
     plan = {f"{own}[0]": "blockwise", own: {"variant": "strided", "stride": 10_000}}
     mixed = swapped(model, plan)
