@@ -28,3 +28,16 @@ def draw_keep(shape: Sequence[int], dropped: int, generator: torch.Generator | N
     bits = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     # Compared in place: a tensor of bools on the way to a float takes four times as long.
     return bits.view(torch.int16)[:elements].view(shape).float().ge_(dropped - LEVELS // 2)
+
+
+def keep_again(seed: int, dropped: int, like: Tensor) -> Tensor | None:
+    """The same ones and zeros for the same seed, to make weights anew; None where nothing is dropped."""
+    if not dropped:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return draw_keep(like.shape, dropped, generator).to(like.device, like.dtype)
+
+
+def raised(dropped: int) -> float:
+    """By how much what is kept is raised for what dropout takes."""
+    return LEVELS / (LEVELS - dropped)

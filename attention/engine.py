@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention.dropout import LEVELS, draw_keep
+from attention.dropout import LEVELS, keep_again, raised
 from attention.masks import LazyMask
 from attention.scoring import Scoring
 
@@ -77,11 +77,6 @@ def dropping(scoring: Scoring) -> tuple[int, int]:
     return dropped, int(torch.randint(2**62, ())) if dropped else 0
 
 
-def raised(dropped: int) -> float:
-    """By how much the values are raised for what dropout takes from the weights."""
-    return LEVELS / (LEVELS - dropped)
-
-
 @dataclass(frozen=True)
 class Tiles:
     """Queries and keys that meet, and how: what both passes do alike.
@@ -121,10 +116,7 @@ class Tiles:
 
     def keep(self, number: int, like: Tensor) -> Tensor | None:
         """The dropout mask of this visit; None without dropout."""
-        if not self.dropped:
-            return None
-        generator = torch.Generator().manual_seed(self.seed + number)
-        return draw_keep(like.shape, self.dropped, generator).to(like.device, like.dtype)
+        return keep_again(self.seed + number, self.dropped, like)
 
     def _allowed(self, visit: Visit, rows: Tensor, columns: Tensor) -> Tensor | None:
         last_key = max(piece.stop for piece in visit.keys) - 1

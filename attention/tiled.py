@@ -56,7 +56,7 @@ class Pattern(Protocol):
 
     @property
     def sdpa_below(self) -> int:
-        """Keys up to which torch's own kernel over the whole table is faster; measured, see docs/attention.md."""
+        """Keys up to which torch's own kernel over the whole table is taken."""
         ...
 
     @property

@@ -5,10 +5,10 @@ The paper's simple form: one E and one F for each site, shared by its heads. Bot
 the model has; a shorter row uses the first ones.
 
 The paper trains from scratch on rows of one length. So that a pretrained model keeps what it can, and a row is the same
-whatever it is padded to, every position has a home among the slots (``homes``), and a slot begins as the mean of the
-keys that a row has at home there. It counts for as many as they are: log(count) is added to its scores, which masks the
-slots that a row does not reach. So rows of up to k tokens begin as full attention, and so do keys that are alike
-wherever they share a slot.
+whatever it is padded to at its end, every position has a home among the slots (``homes``), and a slot begins as the
+mean of the keys that a row has at home there. It counts for as many as they are: log(count) is added to its scores,
+which masks the slots that a row does not reach. So rows of up to k tokens begin as full attention, and so do keys that
+are alike wherever they share a slot.
 
 Shapes: B rows, H query heads, K key/value heads, N queries, M keys, D head size; L positions, S slots.
 """

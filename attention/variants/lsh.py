@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention.dropout import draw_keep
-from attention.engine import dropping, raised, ranges, wide
+from attention.dropout import keep_again, raised
+from attention.engine import dropping, ranges, wide
 from attention.masks import LazyMask
 from attention.options import LshOptions
 from attention.scoring import Scoring
@@ -216,10 +216,7 @@ class Text:
 
     def keep(self, number: int, like: Tensor) -> Tensor | None:
         """What dropout leaves of the weights of one part."""
-        if not self.dropped:
-            return None
-        generator = torch.Generator().manual_seed(self.seed + number)
-        return draw_keep(like.shape, self.dropped, generator).to(like.device, like.dtype)
+        return keep_again(self.seed + number, self.dropped, like)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attention.bias import bias_between
+from attention.dropout import raised
 from attention.engine import (
     Settled,
     Slopes,
@@ -28,7 +29,6 @@ from attention.engine import (
     add_slopes,
     dropping,
     grouped,
-    raised,
     wide,
 )
 from attention.masks import LazyMask
