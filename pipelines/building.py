@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Sequence
 from math import ceil
 from typing import Any, cast
 
@@ -200,12 +202,28 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
         lines.append("from scratch: every weight starts at random")
         lines.append(f"of the tokenizer: vocab_size {loaded.model.config.vocab_size:,}, {_listed_ids(ids)}")
     elif loaded.new:
-        lines.append(f"new, not in the checkpoint: {', '.join(loaded.new)}")
+        lines.append(f"new, not in the checkpoint: {', '.join(_across_layers(loaded.new))}")
     if loaded.unused:
-        lines.append(f"in the checkpoint, not used: {', '.join(loaded.unused)}")
+        lines.append(f"in the checkpoint, not used: {', '.join(_across_layers(loaded.unused))}")
     if loaded.growth is not None:
         lines.append(loaded.growth.describe())
     return "\n".join([*lines, *describe(loaded.model)])
+
+
+def _across_layers(names: Sequence[str]) -> list[str]:
+    """Names of parameters, with one entry for all layers that have the same: ``layer.[0-5].bias``."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        pattern, found = re.sub(r"\.\d+\.", ".{}.", name, count=1), re.search(r"\.(\d+)\.", name)
+        layers.setdefault(pattern, []).extend([int(found[1])] if found else [])
+    return [pattern.replace("{}", _numbers(sorted(of))) for pattern, of in layers.items()]
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    if len(layers) < 2:
+        return "".join(map(str, layers))
+    together = layers[-1] - layers[0] == len(layers) - 1
+    return f"[{layers[0]}-{layers[-1]}]" if together else f"[{','.join(map(str, layers))}]"
 
 
 def _listed_ids(ids: dict[str, Any]) -> str:

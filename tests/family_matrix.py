@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from tiny_families import DECODERS, FAMILIES, SEQ2SEQ, SHORT, make_config, make_rows, save_body, tokenizer_for
+from tiny_families import DECODERS, FAMILIES, JOINED, SEQ2SEQ, SHORT, make_config, make_rows, save_body, tokenizer_for
 
 from heedful import UserError
 from pipelines import building
@@ -31,7 +31,7 @@ from training.embeddings import restore_embeddings
 from training.export import export
 from training.loop import run_update
 
-EVERY = FAMILIES | DECODERS | SEQ2SEQ
+EVERY = FAMILIES | DECODERS | SEQ2SEQ | JOINED
 CONFIGS = {family: make_config(family) for family in EVERY}
 PAIRS = [(family, task) for family in EVERY for task in TASKS]
 LEGAL = [(family, task) for family, task in PAIRS if not misfit(task, CONFIGS[family])]
@@ -171,7 +171,7 @@ def reasons():
     found = defaultdict(list)
     for family, task in PAIRS:
         if reason := misfit(task, CONFIGS[family]):
-            found[reason.replace(f" for {family}", "")].append(family)
+            found[reason.removesuffix(f" for {family}")].append(family)
     return [f"- {reason}: {', '.join(families)}" for reason, families in found.items()]
 
 

@@ -11,6 +11,7 @@ from tiny_families import make_model
 from transformers import AutoModel
 
 from heedful import UserError
+from pipelines import building
 from pipelines.building import build_batching, distribute
 from pipelines.config import load
 from training.batches import micro_batches
@@ -47,3 +48,9 @@ def test_what_becomes_of_a_ring_is_said():
     swap(model, "ring")
     one = SimpleNamespace(num_processes=1)
     assert "one process makes none" in distribute(load("configs/qa.yaml"), model, one)[0]
+
+
+def test_names_of_parameters_are_listed_once_for_all_layers():
+    names = ["classifier.bias", *(f"d.layer.{i}.x.bias" for i in range(12)), "e.layer.0.y", "e.layer.2.y", "z.1.w"]
+    listed = ["classifier.bias", "d.layer.[0-11].x.bias", "e.layer.[0,2].y", "z.1.w"]
+    assert building._across_layers(names) == listed

@@ -50,6 +50,10 @@ SEQ2SEQ = {
     "marian": BART_SIZES | IDS,
     "pegasus": BART_SIZES | IDS,
 }
+HALF = {"model_type": "bert"} | SIZES | COMMON
+JOINED = {
+    "encoder-decoder": IDS | {"encoder": HALF, "decoder": HALF | {"is_decoder": True, "add_cross_attention": True}},
+}
 SHORT = {"generation": {"decoding": {"max_new_tokens": 16}}}
 for task in ("summarization", "translation"):
     SHORT[task] = SHORT["generation"] | {"max_target_length": 16}
@@ -79,7 +83,7 @@ NO_DROPOUT = {
 
 
 def make_config(family, *, dropout=True, **kwargs):
-    sizes = COMMON | (FAMILIES | DECODERS | SEQ2SEQ)[family] | ({} if dropout else NO_DROPOUT) | kwargs
+    sizes = COMMON | (FAMILIES | DECODERS | SEQ2SEQ | JOINED)[family] | ({} if dropout else NO_DROPOUT) | kwargs
     return transformers.AutoConfig.for_model(family, **sizes)
 
 
@@ -144,7 +148,7 @@ def save_body(family, folder, *, tokenizer=None, **kwargs):
     kind, usual = transformers.AutoModel, make_masking_tokenizer
     if family in DECODERS:
         kind, usual = transformers.AutoModelForCausalLM, make_decoder_tokenizer
-    elif family in SEQ2SEQ:
+    elif family in SEQ2SEQ | JOINED:
         kind, usual = transformers.AutoModelForSeq2SeqLM, make_seq2seq_tokenizer
     make_model(family, kind, **kwargs).save_pretrained(folder)
     (tokenizer or usual()).save_pretrained(folder)
@@ -161,12 +165,12 @@ def tokenizer_for(family):
     """A tokenizer with the same ids in every process, which WordPiece's trainer does not promise."""
     if family in DECODERS:
         return make_decoder_tokenizer()
-    if family not in {"bert", "electra", "albert", "deberta-v2", *SEQ2SEQ}:
+    if family not in {"bert", "electra", "albert", "deberta-v2", *SEQ2SEQ, *JOINED}:
         tokenizer = make_tokenizer("roberta", TEXTS)
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
         return tokenizer
     tokenizer = make_masking_tokenizer()
-    if family in SEQ2SEQ:
+    if family in SEQ2SEQ | JOINED:
         tokenizer.eos_token = "[SEP]"
     letters = list("abcdefghijklmnopqrstuvwxyz")
     words = sorted({word.lower() for word in WORDS})

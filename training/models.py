@@ -21,6 +21,7 @@ from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    EncoderDecoderModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -158,12 +159,19 @@ def load_model(
     renewed = _renew_labels(model) if new_head else []
     renewed += _fit_embeddings(model, tokenizer) if tokenizer is not None else []
     new = tuple(sorted({*info["missing_keys"], *mismatched, *renewed}))
+    _rest_the_pooler(model)
     loaded = Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])), grown)
     stored = stored_plan(model)
     if stored is None or attention not in (None, stored):
         return swap_attention(loaded, attention)
     loaded = swap_attention(loaded, stored)
     return _restore_variants(loaded, partial(_read_tensors, name, revision=revision))
+
+
+def _rest_the_pooler(model: PreTrainedModel) -> None:
+    """A joined model's encoder has one that takes no part in the loss: data parallelism would wait for its gradient."""
+    if isinstance(model, EncoderDecoderModel) and (pooler := getattr(model.encoder, "pooler", None)) is not None:
+        pooler.requires_grad_(False)
 
 
 def swap_attention(loaded: Loaded, plan: Plan | None) -> Loaded:
