@@ -5,6 +5,7 @@ TASK ?= ner
 CONFIG ?= configs/$(TASK).yaml
 ARGS ?=
 NPROC ?= 1
+RETRIES ?= 0
 PYTHON ?= python3
 CHECKPOINT ?= runs/$(TASK)
 BIN := .venv/bin
@@ -35,7 +36,7 @@ plan: .venv/.ready  ## Say what finetuning TASK will need in memory and time, me
 	$(BIN)/heedful plan "$(CONFIG)" $(ARGS)
 
 finetune: .venv/.ready  ## Fine-tune TASK (or CONFIG=my.yaml) with ARGS="key=value ..." on NPROC processes
-	$(BIN)/heedful finetune "$(CONFIG)" $(ARGS) --nproc $(NPROC)
+	$(BIN)/heedful finetune "$(CONFIG)" $(ARGS) --nproc $(NPROC) --retries $(RETRIES)
 
 evaluate: .venv/.ready  ## Score CHECKPOINT on its run's data, or with ARGS="data.test=my.csv"
 	@$(BIN)/heedful evaluate "$(CHECKPOINT)" $(ARGS)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 import yaml
@@ -49,13 +48,20 @@ def finetune(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, through torchrun.")] = 1,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="Times that a run which died is gone on with.")] = 0,
 ) -> None:
     """Fine-tune a model, evaluate it, and say where it is."""
     from pipelines.config import load
 
     settings = load(config, overrides or [])
+    if retries:
+        from pipelines.launch import supervise
+
+        raise typer.Exit(supervise(sys.argv[1:], retries=retries, folder=Path(settings.output_dir)))
     if nproc > 1:
-        raise typer.Exit(_launch(nproc))
+        from pipelines.launch import launch
+
+        raise typer.Exit(launch(sys.argv[1:], nproc=nproc))
     from pipelines import finetune as verb
     from training.loop import Stopped
 
@@ -243,40 +249,6 @@ def _escape(error: UserError) -> str:
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _launch(nproc: int) -> int:
-    """Run this same command once a rank, through torchrun's own launcher, and return the ranks' exit code.
-
-    torchrun itself would exit with 1 whatever the ranks exited with, under a page of traceback.
-    """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    launch = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
-    )
-    try:
-        elastic_launch(launch, sys.executable)("-m", "pipelines.cli", *_without_nproc(sys.argv[1:]))
-    except ChildFailedError as error:
-        return max(failure.exitcode for failure in error.failures.values())
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
-
-
-def _without_nproc(arguments: list[str]) -> list[str]:
-    kept: list[Any] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--nproc":
-            next(rest)
-        elif not argument.startswith("--nproc="):
-            kept.append(argument)
-    return kept
 
 
 if __name__ == "__main__":

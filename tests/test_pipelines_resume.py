@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -215,6 +217,30 @@ def test_sigterm_saves_and_exits_143(config, tmp_path):
     assert child.returncode == 143, log
     assert "stopped by SIGTERM after saving step" in log
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_dies_is_gone_on_with_to_the_bit(processes, config, tmp_path):
+    """Of two processes one is killed, and the other must not wait for it."""
+    long = ["train.max_steps=60", "train.save_steps=5", "train.eval_steps=30"]
+    assert run(config, tmp_path / "whole", processes=processes, overrides=long).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")  # a former run, whose checkpoints are not this one's
+    command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={tmp_path / 'killed'}"]
+    options = ["--retries", "1", "--nproc", str(processes)]
+    child = subprocess.Popen([*command, *long, *options], cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
+    history = tmp_path / "killed/history.jsonl"
+    while not ((tmp_path / "killed.1").exists() and history.exists() and history.read_text().count("\n") > 7):
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.02)
+    started = psutil.Process(child.pid).children(recursive=True)
+    ranks = [process for process in started if "pipelines.cli" in process.cmdline()]
+    max(ranks, key=lambda rank: int(rank.environ().get("RANK", -1))).kill()
+    _, log = child.communicate(timeout=120)
+    assert child.returncode == 0, log
+    assert "the run died (exit code 137); try 2 of 2, going on from its newest checkpoint" in log
+    assert ("process 1 of 2 was ended by SIGKILL; the others were stopped" in log) == (processes == 2)
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
 def test_resume_with_other_settings_is_refused(config, tmp_path):
