@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from attention.seam import CHILD
 from heedful import UserError
 
 # PEFT 0.21 asks each model for an attribute that transformers 5.23 has renamed; nothing of it concerns the user.
@@ -142,7 +143,8 @@ def block_linears(model: nn.Module) -> str:
         raise UserError(
             "no linear layers inside numbered blocks", where="lora", fix="name them: lora.target_modules=[...]"
         )
-    return rf".*\.\d+\..*?({'|'.join(map(re.escape, names))})"
+    # lsh has a child called as BERT's layers are: what an attention variant brings is trained whole, and not adapted.
+    return rf"(?!.*\.{CHILD}\.).*\.\d+\..*?({'|'.join(map(re.escape, names))})"
 
 
 def linears_of_blocks(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
