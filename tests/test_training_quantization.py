@@ -28,7 +28,7 @@ from training.footprint import activation_bytes, measure
 from training.loop import run_update
 from training.lora import add_lora, linears_of_blocks
 from training.models import load_model
-from training.quantization import FourBitLinear, FourBits, elements, in_four_bits, quantize
+from training.quantization import FourBitLinear, FourBits, elements, in_four_bits, merge, quantize
 
 TASK_OF = {"llama": "generation", "qwen3": "generation", "gpt2": "generation", "t5": "summarization"}
 NF4, FP4, DOUBLE = FourBits(), FourBits("fp4"), FourBits("nf4", use_double_quant=True)
@@ -138,7 +138,7 @@ def test_under_autocast_it_computes_as_a_linear_layer_does():
     assert x.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["roberta", "deberta-v2", "llama", "gpt2", "bart", "t5"])
+@pytest.mark.parametrize("family", ["deberta-v2", "gpt2", "bart", "t5"])
 def test_pretrained_layers_of_the_blocks_are_held_and_no_others(family, bodies):
     _, _, loaded = load(family, bodies)
     held = set(four_bit_layers(loaded.model))
@@ -172,7 +172,6 @@ def test_the_same_codes_each_time(bodies):
     [
         ("bert", NF4, {}),
         ("gpt2", FP4, {"use_dora": True}),
-        ("qwen3", DOUBLE, {"use_dora": True}),
         ("t5", DOUBLE, {"use_rslora": True, "target_modules": ["q", "v"]}),
     ],
 )
@@ -266,15 +265,14 @@ def test_numbers_and_bytes_are_counted(bodies):
 
 
 @pytest.mark.parametrize("variant", ["grouped_query", "lsh", "additive"])
-def test_with_another_attention(variant, bodies, tmp_path):
-    settings = {"variant": variant, **NARROW.get(variant, {})}
-    base = {"name": bodies("bert"), "attention": Plan.model_validate(settings)}
-    task, features, loaded = load("bert", bodies, attention=base["attention"])
+def test_with_another_attention(variant, bodies):
+    plan = Plan.model_validate({"variant": variant, **NARROW.get(variant, {})})
+    task, features, loaded = load("bert", bodies, attention=plan)
     assert len(four_bit_layers(loaded.model)) == 2 * 6
-    model = adapted(loaded)
+    model, batch = adapted(loaded), probe(task, features)
     train(model, task, features, steps=1)
-    differences = export(model, task, tmp_path, probes=[probe(task, features)], base=base, four_bits=NF4)
-    assert max(differences.values()) < 1e-5
+    trained = _answers(model, batch)
+    torch.testing.assert_close(_answers(merge(model), batch), trained, rtol=1e-5, atol=1e-5)
 
 
 def test_activation_checkpointing_changes_no_gradient_and_keeps_less(bodies):
