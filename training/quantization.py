@@ -1,7 +1,7 @@
 """QLoRA (Dettmers et al., arXiv 2305.14314, section 3): the frozen linear layers in 4 bits, by bitsandbytes.
 
-They are quantized here rather than by transformers as it loads, which leaves out heads by their names, quantizes new
-ones of other names, and turns NaN into numbers. Always on the CPU, so that the codes are the same on every device.
+They are quantized here rather than by transformers as it loads, which would quantize new heads too, and hide NaN from
+the checks of a checkpoint. Always on the CPU, so that the codes are the same on every device. See ADR 17.
 """
 
 from __future__ import annotations
