@@ -321,14 +321,14 @@ def test_a_run_in_4_bits_leaves_a_model_that_needs_no_package_for_them(project, 
     assert code == 0, log
     whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("model").parameters())
     assert f"{whole + 1_088:,} parameters, 5,120 in 4 bits, 1,088 trained" in log
-    assert "reloaded adapter/: logits within 0.0e+00 of the trained model's" in log
     assert json.loads(Path("runs/run/manifest.json").read_text())["versions"]["bitsandbytes"]
     monkeypatch.setattr("training.quantization.bnb", None)
     code, out, log = cli_run("evaluate", "runs/run")
     assert code == 0, log
     stored = json.loads(Path("runs/run/metrics.json").read_text())["validation"]
     assert json.loads(out)["validation"] == {name: pytest.approx(value, rel=1e-5) for name, value in stored.items()}
-    refused(cli_run("finetune", "run.yaml", *settings), "bitsandbytes is not installed")
+    code, _, log = cli_run("finetune", "run.yaml", *settings)
+    assert (code, "bitsandbytes is not installed" in log) == (2, True)
 
 
 def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):

@@ -185,7 +185,7 @@ def test_what_was_trained_is_what_is_saved(family, four_bits, lora, bodies, tmp_
         name: layer.get_delta_weight("default") for name, layer in model.named_modules() if hasattr(layer, "lora_A")
     }
     differences = export(model, task, tmp_path, probes=[batch], base={"name": bodies(family)}, four_bits=four_bits)
-    assert differences["adapter"] == 0
+    assert differences["adapter"] < 1e-6
     assert differences["model"] < 1e-5
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert "quantization_config" not in config
