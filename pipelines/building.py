@@ -41,6 +41,7 @@ from training.models import (
 )
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from training.positions import Wanted
+from training.quantization import FourBits, elements, in_four_bits, quantize
 from training.sharding import is_sharded, shard
 from training.warm_start import join_encoders, joined_config
 
@@ -116,6 +117,8 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
         loaded = swap_attention(join_encoders(str(config.model.name), task.tokenizer, **halves), config.attention)
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
+    if (four_bits := four_bits_of(config)) is not None:
+        quantize(loaded.model, loaded.new, four_bits)
     if loaded.growth is None and config.model.positions not in ("auto", "refuse"):
         raise UserError(
             f"model.positions={config.model.positions} has no effect: this model has the positions that are wanted",
@@ -162,6 +165,12 @@ def base_of(config: RunConfig, task: Task) -> dict[str, Any]:
     }
 
 
+def four_bits_of(config: RunConfig) -> FourBits | None:
+    """How frozen weights are held; None is fp32."""
+    model = config.model
+    return FourBits(model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant) if model.load_in_4bit else None
+
+
 def _wanted(config: RunConfig, task: Task) -> Wanted | None:
     """The positions that the run needs; None where a model with too few is to be refused."""
     if config.model.positions == "refuse":
@@ -192,9 +201,11 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
     """What is trained, what starts at random, what of the checkpoint is not used."""
     words = loaded.model.get_input_embeddings()
     unused = words.table_VD.numel() - words.weight.numel() if isinstance(words, UsedRows) else 0
-    total = sum(p.numel() for p in model.parameters()) + unused
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = [f"model: {type(loaded.model).__name__}, {total:,} parameters, {trained:,} trained"]
+    total = elements(model.parameters()) + unused
+    held = elements(p for p in model.parameters() if in_four_bits(p))
+    trained = elements(p for p in model.parameters() if p.requires_grad)
+    four_bits = f"{held:,} in 4 bits, " if held else ""
+    lines = [f"model: {type(loaded.model).__name__}, {total:,} parameters, {four_bits}{trained:,} trained"]
     if isinstance(words, UsedRows):
         lines.append(f"word embeddings: the {len(words.used_U):,} of {len(words.slot_V):,} rows that occur are trained")
     if len(loaded.new) == len(list(loaded.model.parameters())):

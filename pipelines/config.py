@@ -47,6 +47,11 @@ class ModelSection(Section):
     architecture: dict[str, Any] = Field(default={})
     """With ``scratch``: ``model_type`` and arguments of its configuration class in transformers."""
     trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    """Hold the linear layers of the blocks, which LoRA freezes, in 4 bits (QLoRA). Names as in BitsAndBytesConfig."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False
+    """Hold the scales of the 4 bits in 8 bits."""
 
     @field_validator("architecture")
     @classmethod
@@ -64,6 +69,13 @@ class ModelSection(Section):
                 "examples are put into batches, and an answer on what came before it. Take yarn or linear"
             )
         return value
+
+    @model_validator(mode="after")
+    def _four_bits_are_asked_for(self) -> ModelSection:
+        kind, double = self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant
+        if not self.load_in_4bit and (kind, double) != ("nf4", False):
+            raise ValueError("model.bnb_4bit_* has no effect without model.load_in_4bit=true")
+        return self
 
     @model_validator(mode="after")
     def _says_what_to_start_from(self) -> ModelSection:
@@ -383,7 +395,7 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
                 "train.optim='adafactor': its means over rows and columns need whole matrices, which distributed=fsdp2 "
                 "cuts up: use adamw_torch_fused"
             )
-        faults += _faults_of_streaming(config) + _faults_of_transfer(config)
+        faults += _faults_of_four_bits(config) + _faults_of_streaming(config) + _faults_of_transfer(config)
         if not faults:
             return config
     except ValidationError as error:
@@ -394,6 +406,21 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
         where=where,
         fix="`heedful config FILE` prints every key with its default",
     )
+
+
+def _faults_of_four_bits(config: RunConfig) -> list[str]:
+    """Weights in 4 bits can not be trained, only what is beside them."""
+    model, name = config.model, "model.load_in_4bit"
+    if not model.load_in_4bit:
+        return []
+    if model.init in ("scratch", "encoder_decoder"):
+        return [f"{name}: weights in 4 bits are not trained, and model.init={model.init} draws new ones: leave it out"]
+    faults = []
+    if config.lora.r is None:
+        faults.append(f"{name}: weights in 4 bits are not trained: say what is, lora.r=16")
+    if config.distributed == "fsdp2":
+        faults.append(f"{name}: distributed=fsdp2 cuts weights into rows, which packed ones do not have: use ddp")
+    return faults
 
 
 def _faults_of_streaming(config: RunConfig) -> list[str]:

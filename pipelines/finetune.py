@@ -318,7 +318,14 @@ def finish(
     by_length = np.argsort(np.asarray(features["length"]), kind="stable")
     rows = np.unique(by_length[[0, len(by_length) // 2]])
     probes = [task.collate(examples(features, part)) for part in (rows, rows[:1])]
-    differences = export(model, task, run.folder, probes=probes, base=building.base_of(config, task))
+    differences = export(
+        model,
+        task,
+        run.folder,
+        probes=probes,
+        base=building.base_of(config, task),
+        four_bits=building.four_bits_of(config),
+    )
     write_json(run.metrics, metrics)
     for name, difference in differences.items():
         tell(console, f"reloaded {name}/: logits within {difference:.1e} of the trained model's")

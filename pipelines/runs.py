@@ -22,7 +22,17 @@ from pipelines.config import RunConfig, validate
 from training import checkpoints
 from training.checkpoints import write_json
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "tokenizers", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "evaluate",
+    "tokenizers",
+    "numpy",
+    "bitsandbytes",
+)
 FREE_TO_CHANGE = (
     "resume",
     "train.eval_on_start",

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_families import SHORT, make_masking_tokenizer, make_rows, save_body, save_marian
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from heedful import UserError
 from tasks import TASKS
@@ -307,6 +307,28 @@ def test_a_plan_says_what_a_run_needs_and_writes_nothing(task, project, cli_run)
         word in log for word in ("parameters", "activations", "largest micro-batch that fits", "2 of 4 examples")
     )
     assert not Path("runs").exists()
+
+
+def test_a_run_in_4_bits_leaves_a_model_that_needs_no_package_for_them(project, cli_run, monkeypatch):
+    save_body("llama", "model")
+    for name, seed in {"train": 0, "dev": 1}.items():
+        make_rows("generation", 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
+    write_config(task="generation", train="train.jsonl", validation="dev.jsonl")
+    settings = ("lora.r=2", "model.load_in_4bit=true", "model.bnb_4bit_quant_type=fp4", "train.learning_rate=1e-2")
+    code, _, log = cli_run("plan", "run.yaml", *settings)
+    assert code == 0, log
+    code, _, log = cli_run("finetune", "run.yaml", *settings)
+    assert code == 0, log
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("model").parameters())
+    assert f"{whole + 1_088:,} parameters, 5,120 in 4 bits, 1,088 trained" in log
+    assert json.loads(Path("runs/run/manifest.json").read_text())["versions"]["bitsandbytes"]
+    monkeypatch.setattr("training.quantization.bnb", None)
+    code, out, log = cli_run("evaluate", "runs/run")
+    assert code == 0, log
+    stored = json.loads(Path("runs/run/metrics.json").read_text())["validation"]
+    assert json.loads(out)["validation"] == {name: pytest.approx(value, rel=1e-5) for name, value in stored.items()}
+    code, _, log = cli_run("finetune", "run.yaml", *settings)
+    assert (code, "bitsandbytes is not installed" in log) == (2, True)
 
 
 def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):

@@ -20,7 +20,7 @@ train.eval_steps train.optim train.learning_rate train.per_device_train_batch_si
 train.warmup_steps train.lr_scheduler_type train.bf16 train.max_grad_norm lora.r lora.lora_alpha lora.target_modules
 attention distributed tracking.wandb
 """
-FIELDS = {"RunConfig": 13, "model": 8, "data": 17, "train": 29, "lora": 6, "transfer": 4, "tracking": 2}
+FIELDS = {"RunConfig": 13, "model": 11, "data": 17, "train": 29, "lora": 6, "transfer": 4, "tracking": 2}
 
 
 @pytest.fixture
@@ -130,6 +130,27 @@ def test_a_fault_names_its_key_and_the_nearest_known_one(write, override, expect
 def test_what_sharding_can_not_do_is_refused(write, overrides, expected):
     assert expected in refusal(write(), *overrides)
     assert config.load(write(), ["distributed=fsdp2"]).distributed == "fsdp2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.load_in_4bit=true"], "model.load_in_4bit: weights in 4 bits are not trained: say what is, lora.r=16"),
+        (["model.load_in_4bit=true", "lora.r=2", "distributed=fsdp2"], "use ddp"),
+        (["model.load_in_4bit=true", "lora.r=2", "model.init=encoder_decoder"], "draws new ones: leave it out"),
+        (["model.bnb_4bit_quant_type=fp4", "lora.r=2"], "no effect without model.load_in_4bit=true"),
+        (["model.bnb_4bit_use_double_quant=true"], "no effect without model.load_in_4bit=true"),
+        (["model.load_in_4bit=true", "lora.r=2", "model.bnb_4bit_quant_type=int4"], "'nf4' or 'fp4'"),
+    ],
+)
+def test_what_4_bits_can_not_do_is_refused(write, overrides, expected):
+    assert expected in refusal(write(), *overrides)
+
+
+def test_4_bits_are_off_unless_asked_for(write):
+    assert not config.load(write(), ["lora.r=2"]).model.load_in_4bit
+    held = config.load(write(), ["model.load_in_4bit=true", "model.bnb_4bit_use_double_quant=true", "lora.r=2"]).model
+    assert (held.bnb_4bit_quant_type, held.bnb_4bit_use_double_quant) == ("nf4", True)
 
 
 SLOTS = ["attention=linformer", "attention.k=8"]

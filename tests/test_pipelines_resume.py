@@ -19,6 +19,7 @@ from training.batches import BlockStart
 from training.checkpoints import newest_whole, read_position
 
 HERE = Path(__file__).parent
+LORA = ["lora.r=2"]
 POINTS = ("update:3", "file:4:optimizer.safetensors", "rename:8", "update:11", "file:12:model.safetensors")
 
 
@@ -118,7 +119,7 @@ def test_a_killed_stream_goes_on_to_the_bit(processes, config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("lora", [[], ["lora.r=2"]], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [[], LORA, [*LORA, "model.load_in_4bit=true"]], ids=["full", "lora", "qlora"])
 def test_every_kill_point(config, tmp_path, processes, lora):
     assert run(config, tmp_path / "whole", processes=processes, overrides=lora).returncode == 0
     for point in POINTS:
@@ -133,7 +134,7 @@ SHARDED_POINTS = ("update:3", "shards:4", "rename:8", "update:11", "shards:12")
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("lora", [[], ["lora.r=2"]], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
 def test_every_kill_point_of_a_sharded_run(config, tmp_path, lora):
     assert run(config, tmp_path / "whole", processes=2, overrides=SHARDED + lora).returncode == 0
     for point in SHARDED_POINTS:

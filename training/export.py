@@ -18,20 +18,28 @@ from tasks.protocol import Batch, Task
 from tasks.saved import save_task
 from training.checkpoints import write_whole
 from training.models import load_model
+from training.quantization import FourBits, merge, quantize
 
 MERGE_TOLERANCE = 1e-3
 """Largest relative change of the logits that merging may cause in fp32 (rounding of W + BA; about 1e-6 is usual)."""
 
 
 def export(
-    model: nn.Module, task: Task, folder: Path, *, probes: Sequence[Batch], base: dict[str, Any]
+    model: nn.Module,
+    task: Task,
+    folder: Path,
+    *,
+    probes: Sequence[Batch],
+    base: dict[str, Any],
+    four_bits: FourBits | None = None,
 ) -> dict[str, float]:
     """Write ``folder/model`` (and ``folder/adapter`` with LoRA), reload both, and compare their answers.
 
     Args:
-        model: The trained model without wrappers; a PeftModel is merged in place.
+        model: The trained model without wrappers; a PeftModel is merged in place, and one in 4 bits emptied.
         probes: Batches to compare answers on, best with padding and without.
         base: Arguments of ``load_model`` that gave the model its start, to load the adapter on.
+        four_bits: How the linear layers of the blocks were held then.
 
     Returns:
         For each folder the largest difference of the logits, relative to their largest size.
@@ -44,15 +52,15 @@ def export(
     if isinstance(model, PeftModel):
         adapter: PeftModel = model
         write_whole(folder / "adapter", lambda aside: adapter.save_pretrained(aside))
-        fresh = load_model(task.auto_class, **base, **task.model_kwargs()).model
-        again = PeftModel.from_pretrained(fresh, folder / "adapter").to(model.device)
-        differences["adapter"] = _difference(trained, _answers(again, *probes))
-        model = adapter.merge_and_unload()
+        again = _answers(_with_adapter(task, folder / "adapter", base, four_bits).to(model.device), *probes)
+        differences["adapter"] = _difference(trained, again)
+        model = adapter.merge_and_unload() if four_bits is None else merge(adapter.cpu())
     write_whole(folder / "model", lambda aside: _write_model(model, task, aside))
     trust = bool(base.get("trust_remote_code"))
-    reloaded = load_model(task.auto_class, str(folder / "model"), trust_remote_code=trust).model.to(
-        next(model.parameters()).device
-    )
+    device = next(model.parameters()).device
+    if four_bits is not None:
+        model.to("meta")  # whoever still holds it: a second one need not fit
+    reloaded = load_model(task.auto_class, str(folder / "model"), trust_remote_code=trust).model.to(device)
     differences["model"] = _difference(trained, _answers(reloaded, *probes))
     if wrong := {name: d for name, d in differences.items() if d > MERGE_TOLERANCE}:
         shutil.rmtree(folder / "model")
@@ -60,6 +68,13 @@ def export(
             f"the reloaded model answers differently: {wrong}", where=str(folder), expected=f"at most {MERGE_TOLERANCE}"
         )
     return differences
+
+
+def _with_adapter(task: Task, adapter: Path, base: dict[str, Any], four_bits: FourBits | None) -> PeftModel:
+    loaded = load_model(task.auto_class, **base, **task.model_kwargs())
+    if four_bits is not None:
+        quantize(loaded.model, loaded.new, four_bits)
+    return PeftModel.from_pretrained(loaded.model, adapter)
 
 
 def _write_model(model: Any, task: Task, folder: Path) -> None:
@@ -76,7 +91,7 @@ def _answers(model: nn.Module, *batches: Batch) -> list[Tensor]:
     device = next(model.parameters()).device
     outputs = [model(**{name: tensor.to(device) for name, tensor in model_inputs(b).items()}) for b in batches]
     values = [value for output in outputs for value in output.values()]
-    return [value.float() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value.float().cpu() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _difference(one: list[Tensor], other: list[Tensor]) -> float:

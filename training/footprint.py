@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tasks.protocol import Batch
 from training.loop import Trainee, run_update
+from training.quantization import scales
 from training.sharding import local, whole
 
 SPARE = 0.1
@@ -71,7 +72,7 @@ def measure(trainee: Trainee, longest: Batch, update: list[Batch], features: Any
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = [v for state in trainee.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     return Footprint(
-        weights=_bytes([*model.parameters(), *model.buffers()]),
+        weights=_bytes([*model.parameters(), *scales(model.parameters()), *model.buffers()]),
         gradients=_bytes(trained),
         optimizer=_bytes(states),
         activations=activations,

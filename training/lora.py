@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from attention.seam import CHILD
 from heedful import UserError
 
 # PEFT 0.21 asks each model for an attribute that transformers 5.23 has renamed; nothing of it concerns the user.
@@ -91,7 +92,7 @@ def _refuse_absent(model: PreTrainedModel, targets: Sequence[str]) -> None:
         raise UserError(
             f"{type(model).__name__} has no module {', '.join(map(repr, absent))}",
             where="lora.target_modules",
-            expected=f"such as {', '.join(_linears_of_blocks(model)[:8])}",
+            expected=f"such as {', '.join(_ends(model)[:8])}",
             fix="leave it out to adapt all blocks",
         )
 
@@ -137,17 +138,23 @@ def block_linears(model: nn.Module) -> str:
 
     Heads and poolers stand outside the blocks, whatever they are called.
     """
-    names = _linears_of_blocks(model)
+    names = _ends(model)
     if not names:
         raise UserError(
             "no linear layers inside numbered blocks", where="lora", fix="name them: lora.target_modules=[...]"
         )
-    return rf".*\.\d+\..*?({'|'.join(map(re.escape, names))})"
+    # lsh has a child called as BERT's layers are: what an attention variant brings is trained whole, and not adapted.
+    return rf"(?!.*\.{CHILD}\.).*\.\d+\..*?({'|'.join(map(re.escape, names))})"
 
 
-def _linears_of_blocks(model: nn.Module) -> list[str]:
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and re.search(r"\.\d+\.", n)]
-    return sorted({name.rsplit(".", 1)[-1] for name in linears})
+def linears_of_blocks(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers inside the numbered blocks, by name."""
+    named = model.named_modules()
+    return {n: m for n, m in named if isinstance(m, nn.Linear | Conv1D) and re.search(r"\.\d+\.", n)}
+
+
+def _ends(model: nn.Module) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in linears_of_blocks(model)})
 
 
 def owners(parameters: Sequence[str]) -> list[str]:
