@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -62,14 +63,13 @@ def supervise(arguments: Sequence[str], *, retries: int, folder: Path) -> int:
         The exit code of the last try.
     """
     command, began = [sys.executable, "-m", "pipelines.cli", *_without(arguments, "--retries")], time.time()
-    for tries in range(1, retries + 2):
-        code = _wait_for(command)
-        if code in ENDINGS or tries > retries:
-            break
+    tries = 1
+    while (code := _wait_for(command)) not in ENDINGS and tries <= retries:
+        tries += 1
         # A former run of this name has checkpoints too, until this one has moved it aside.
         own = any(path.stat().st_mtime > began for path in folder.glob("checkpoints/step-*"))
         again = "going on from its newest checkpoint" if own else "it had saved nothing yet: beginning anew"
-        typer.echo(f"the run died (exit code {code}); try {tries + 1} of {retries + 1}, {again}", err=True)
+        typer.echo(f"the run died (exit code {code}); try {tries} of {retries + 1}, {again}", err=True)
         if own and command[-1] != "resume=auto":
             command.append("resume=auto")
     return code
@@ -82,11 +82,11 @@ def _wait_for(command: Sequence[str]) -> int:
         def hand_on(number: int, frame: FrameType | None) -> None:
             child.send_signal(number)
 
-        handlers = {signal.SIGTERM: hand_on, signal.SIGINT: signal.SIG_IGN}
+        handlers: dict[signal.Signals, Any] = {signal.SIGTERM: hand_on, signal.SIGINT: signal.SIG_IGN}
         former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         code = child.wait()
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, before in former.items():
+            signal.signal(number, before)
     return _as_a_shell_says(code)
 
 

@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_families import SHORT, make_masking_tokenizer, make_rows, save_body, save_marian
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from heedful import UserError
 from tasks import TASKS
@@ -86,6 +93,9 @@ def test_a_run_with_another_attention(project, cli_run, lora):
     assert yaml.safe_load((run / "config.yaml").read_text())["attention"]["reach"] == 2
     saved = json.loads((run / "model/config.json").read_text())
     assert saved["attention_plan"]["variant"] == "sliding_window"
+    if lora:  # PEFT would put it on the model in model/, with full attention
+        with pytest.raises(KeyError, match="heedful"):
+            PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("model"), "runs/run/adapter")
     code, _, log = cli_run("predict", "runs/run", "the cat sat")
     assert code == 0, log
     code, _, log = cli_run("finetune", "run.yaml", "model.name=runs/run/model", "output_dir=runs/on")

@@ -17,6 +17,7 @@ from tasks.batching import model_inputs
 from tasks.protocol import Batch, Task
 from tasks.saved import save_task
 from training.checkpoints import write_whole
+from training.lora import open_adapter, save_adapter
 from training.models import load_model
 from training.quantization import FourBits, merge, quantize
 
@@ -51,7 +52,7 @@ def export(
     differences: dict[str, float] = {}
     if isinstance(model, PeftModel):
         adapter: PeftModel = model
-        write_whole(folder / "adapter", lambda aside: adapter.save_pretrained(aside))
+        write_whole(folder / "adapter", lambda aside: save_adapter(adapter, aside))
         again = _answers(_with_adapter(task, folder / "adapter", base, four_bits).to(model.device), *probes)
         differences["adapter"] = _difference(trained, again)
         model = adapter.merge_and_unload() if four_bits is None else merge(adapter.cpu())
@@ -74,7 +75,7 @@ def _with_adapter(task: Task, adapter: Path, base: dict[str, Any], four_bits: Fo
     loaded = load_model(task.auto_class, **base, **task.model_kwargs())
     if four_bits is not None:
         quantize(loaded.model, loaded.new, four_bits)
-    return PeftModel.from_pretrained(loaded.model, adapter)
+    return open_adapter(loaded.model, adapter)
 
 
 def _write_model(model: Any, task: Task, folder: Path) -> None:

@@ -7,18 +7,23 @@ whatever it did not hold is trained in full and saved with the adapter.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from attention.seam import CHILD
+from attention.seam import CHILD, stored_plan
 from heedful import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+OTHER_ATTENTION = "LORA over an attention of heedful's: take the merged model/ that was saved beside this adapter/"
 
 # PEFT 0.21 asks each model for an attribute that transformers 5.23 has renamed; nothing of it concerns the user.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -83,6 +88,24 @@ def add_lora(
             fix="leave out lora.r to train the whole model",
         )
     return wrapped
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save what was trained; over another attention under a kind of adapter that PEFT does not know.
+
+    PEFT puts an adapter on any model of the same shapes. On the model that this one's base was made of, it would run
+    with full attention, and nobody would know.
+    """
+    model.save_pretrained(folder)
+    if stored_plan(model.get_base_model()) is not None:
+        path = folder / ADAPTER_CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"peft_type": OTHER_ATTENTION}))
+
+
+def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on the base that it was trained on, with that one's attention."""
+    values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) | {"peft_type": PeftType.LORA}
+    return PeftModel.from_pretrained(model, folder, config=LoraConfig.from_peft_type(**values))
 
 
 def _refuse_absent(model: PreTrainedModel, targets: Sequence[str]) -> None:
