@@ -9,9 +9,9 @@ Shapes: B rows, H query heads, K key/value heads, G = H / K, N queries, M keys, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -65,9 +65,24 @@ def tiled_attention(
         BHND. A query that sees nothing gets zeros.
     """
     dropped, seed = dropping(scoring)
-    tiles = Tiles(mask, tuple(visits), dropped, scoring.softcap, seed)
+    whole = _Whole(Meeting(slice(None), slice(None), Tiles(mask, tuple(visits), dropped, scoring.softcap, seed)))
+    return attend_along(query, key, value, scoring, whole, dropped)
+
+
+def attend_along(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, course: Course, dropped: int) -> Tensor:
+    """Attend, as the keys come by; both passes go over the course alike.
+
+    Args:
+        query: BHND.
+        key: BKMD, as is ``value``; those with which the course begins.
+        dropped: Of LEVELS weights.
+
+    Returns:
+        BHND.
+    """
     with torch.autocast(query.device.type, enabled=False):  # which would take fp32 products back to half precision
-        out = _Attend.apply(query, key, value, scoring.bias, scoring.scaling, tiles)  # type: ignore[no-untyped-call]
+        bias, scaling = scoring.bias, scoring.scaling
+        out = _Attend.apply(query, key, value, bias, scaling, dropped, course)  # type: ignore[no-untyped-call]
         return cast(Tensor, out)
 
 
@@ -141,6 +156,49 @@ class _Scores:
     value: Tensor
     slope: Tensor | None
     places: Any
+
+
+class Meeting(NamedTuple):
+    """Some of the queries, and some of the keys that come by.
+
+    Args:
+        tiles: Numbered from the first of these queries and keys.
+        bias: Of these, a view of the whole; None is the whole.
+    """
+
+    queries: slice
+    keys: slice
+    tiles: Tiles
+    bias: Callable[[Tensor], Tensor] | None = None
+
+    def own_bias(self, whole: Tensor | None) -> Tensor | None:
+        """Of these queries and keys."""
+        return whole if whole is None or self.bias is None else self.bias(whole)
+
+
+class Course(Protocol):
+    """How keys and values come by the queries. No pair may meet twice."""
+
+    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
+        """Keys and values of these shapes, those given first, and what of them meets."""
+        ...
+
+    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+        """After each of them, in the backward pass: the gradients of those that come by next, home after the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All keys at once."""
+
+    meeting: Meeting
+
+    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
+        yield key, value, [self.meeting]
+
+    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+        return dkey, dvalue
 
 
 class Sums(NamedTuple):
@@ -243,9 +301,9 @@ def add_slopes(slopes: Slopes, own: Settled, k: Tensor, v: Tensor, bias: Tensor 
         if scores is None:
             continue
         weights = scores.value.sub_(now.log_sum).exp_()
-        dweights = _products(now.grad, _gather(v, visit).mT)
         keep = tiles.keep(number, weights)
         _scatter(slopes.v, visit, _collect(weights if keep is None else weights * keep, now.grad))
+        dweights = _products(now.grad, _gather(v, visit).mT)  # after that of v: a tile less at once
         if keep is not None:
             dweights.mul_(keep)
         dscores = dweights.sub_(now.inner).mul_(weights)
@@ -260,28 +318,46 @@ def add_slopes(slopes: Slopes, own: Settled, k: Tensor, v: Tensor, bias: Tensor 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, tiles: Tiles
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropped: int,
+        course: Course,
     ) -> Tensor:
-        q, v = grouped(wide(query), key.shape[1]) * scaling, wide(value) * raised(tiles.dropped)
-        sums = Sums.none(q, v.shape[-1])
-        add_keys(sums, q, wide(key), v, bias, tiles)
+        q, factor = grouped(wide(query), key.shape[1]) * scaling, raised(dropped)
+        sums = Sums.none(q, value.shape[-1])
+        for key_then, value_then, meetings in course.around(key, value):
+            k, v = wide(key_then), wide(value_then) * factor
+            for met in meetings:
+                of_q, of_k = (..., met.queries, slice(None)), (..., met.keys, slice(None))
+                add_keys(sums.of(met.queries), q[of_q], k[of_k], v[of_k], met.own_bias(bias), met.tiles)
         out, log_sum = sums.settled()
         result = out.flatten(1, 2).to(query.dtype)
         ctx.save_for_backward(query, key, value, bias, result, log_sum)
-        ctx.scaling, ctx.tiles = scaling, tiles
+        ctx.scaling, ctx.factor, ctx.course = scaling, factor, course
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, result, log_sum = ctx.saved_tensors
-        tiles: Tiles = ctx.tiles
-        q, k, v = grouped(wide(query), key.shape[1]) * ctx.scaling, wide(key), wide(value) * raised(tiles.dropped)
+        course: Course = ctx.course
+        q = grouped(wide(query), key.shape[1]) * ctx.scaling
+        queries = Settled.from_result(q, result, grad, log_sum)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(wide(key)), torch.zeros_like(wide(value))
         dbias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
-        slopes = Slopes(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dbias)
-        add_slopes(slopes, Settled.from_result(q, result, grad, log_sum), k, v, bias, tiles)
-        dq, dv = slopes.q.mul_(ctx.scaling).flatten(1, 2), slopes.v.mul_(raised(tiles.dropped))
-        return dq.to(query.dtype), slopes.k.to(key.dtype), dv.to(value.dtype), dbias, None, None
+        for key_then, value_then, meetings in course.around(key, value):
+            k, v = wide(key_then), wide(value_then) * ctx.factor
+            for met in meetings:
+                of_q, of_k = (..., met.queries, slice(None)), (..., met.keys, slice(None))
+                slopes = Slopes(dq[of_q], dk[of_k], dv[of_k], met.own_bias(dbias))
+                add_slopes(slopes, queries.of(met.queries), k[of_k], v[of_k], met.own_bias(bias), met.tiles)
+            dk, dv = course.handed_on(dk, dv)
+        dq, dv = dq.mul_(ctx.scaling).flatten(1, 2), dv.mul_(ctx.factor)
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias, None, None, None
 
 
 def wide(x: Tensor) -> Tensor:
