@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from attention.seam import (
     refuse_idle_places,
     refuse_mixed,
     refuse_no_place,
+    remove,
     sites_of,
     try_out,
 )
@@ -116,7 +117,8 @@ def check(
     for plan in plans:
         refuse_idle_places(plan, sites)
         in_order = sorted(sites, key=lambda site: ROLES.index(site.role))
-        findings += [_find(plan, site, length, heads[site.module]) for site in in_order]
+        found = [_find(plan, site, length, heads[site.module]) for site in in_order]
+        findings += _proved(made, plan, found)
     console.print(_table(findings, f"{type(made).__name__}, {length:,} tokens"))
     for run in _runs(findings):
         if run[0].reason:
@@ -130,8 +132,6 @@ def check(
     if given is not None:
         _refuse(given, findings)
         if any(VARIANTS[options.variant].shares for options in given.root.values()):
-            install(made, given)
-            prove(made)
             console.print(SHARES, highlight=False)
     return findings
 
@@ -169,6 +169,21 @@ def _find(plan: Plan, site: Site, length: int, heads: int) -> Finding:
         full=all_pairs(length, causal=causal),
         kernel_up_to=variant.pattern.sdpa_below if hasattr(variant, "pattern") else 0,
     )
+
+
+def _proved(model: Any, plan: Plan, findings: list[Finding]) -> list[Finding]:
+    """The same, with a refusal where a text can not be shared out in this model: it is tried, as before a training."""
+    sharing = [found for found in findings if found.chosen and VARIANTS[found.chosen.variant].shares]
+    if not sharing or any(found.refusal for found in findings):
+        return findings
+    try:
+        install(model, plan)
+        prove(model)
+    except UserError as error:
+        return [replace(found, chosen=None, refusal=error) if found in sharing else found for found in findings]
+    finally:
+        remove(model)
+    return findings
 
 
 def _refuse(plan: Plan, findings: Sequence[Finding]) -> None:
