@@ -41,7 +41,7 @@ EFFECTIVE = ("attention", "model.revision", "model.trust_remote_code")
 """Settings that matter here."""
 UNBOUNDED = 1024
 """Tokens that are counted with where a model sets no bound."""
-SHARES = (
+CONTEXT_PARALLEL = (
     "ring: where several processes train, each holds a part of every text; the pairs are those of all together. "
     "In one process, and in eval mode, it is blockwise attention."
 )
@@ -131,8 +131,8 @@ def check(
         )
     if given is not None:
         _refuse(given, findings)
-        if any(VARIANTS[options.variant].shares for options in given.root.values()):
-            console.print(SHARES, highlight=False)
+        if any(VARIANTS[options.variant].context_parallel for options in given.root.values()):
+            console.print(CONTEXT_PARALLEL, highlight=False)
     return findings
 
 
@@ -173,7 +173,7 @@ def _find(plan: Plan, site: Site, length: int, heads: int) -> Finding:
 
 def _proved(model: Any, plan: Plan, findings: list[Finding]) -> list[Finding]:
     """The same, with a refusal where a text can not be shared out in this model: it is tried, as before a training."""
-    sharing = [found for found in findings if found.chosen and VARIANTS[found.chosen.variant].shares]
+    sharing = [found for found in findings if found.chosen and VARIANTS[found.chosen.variant].context_parallel]
     if not sharing or any(found.refusal for found in findings):
         return findings
     try:
@@ -218,7 +218,7 @@ def _where(run: Sequence[Finding]) -> str:
 
 
 def _cells(run: Sequence[Finding]) -> Iterator[str]:
-    """Of layers alike; the shares are of all pairs that full attention has there."""
+    """Of layers alike; the fractions are of all pairs that full attention has there."""
     yield describe_options(run[0].wanted, between="\n")
     yield _where(run)
     yield run[0].verdict
