@@ -68,7 +68,7 @@ TRIALS = {
         "SmolLM2-135M-Instruct with LoRA, windows of 512 tokens. ",
     ),
     "classification-long": Trial(
-        ("data.max_train_samples=400", "train.num_train_epochs=2"),
+        ("data.max_train_samples=300", "data.max_eval_samples=200", "train.batch_size=8", "train.num_train_epochs=1"),
         {
             FULL: ("model.max_length=512",),
             "sliding_window and [CLS]": ("attention.reach=128", "attention.global_tokens=[0]", WHOLE),
