@@ -47,6 +47,8 @@ BLOCK = 4
 """Clusters' sizes in a block where tokens look back only: so many keys its queries see elsewhere in four rounds."""
 NARROWEST, WIDEST = 8, 64
 """Queries in a chunk. Narrow ones gather keys more often, wide ones stay empty more often."""
+KEPT = 2**16
+"""Pairs of a part up to which its tables are kept for the backward pass: of short texts they are small."""
 
 
 class Lsh(nn.Module):
@@ -108,7 +110,8 @@ class Lsh(nn.Module):
                 parts += self._rounds(own, hashes_BKGNR[:, :, :, block].flatten(2, 3).movedim(-1, 2), clusters.keys)
             if self.causal:
                 parts.append(own.itself())
-                clusters = self._furthest(clusters, heights_BKREN, block)
+                if block.stop < tokens:
+                    clusters = self._furthest(clusters, heights_BKREN, block)
             out.append(_together(parts).view(*q_BKGND.shape[:3], -1, v.shape[-1]))
         result = torch.cat(out, dim=3).flatten(1, 2)
         return result if order_BN is None else _placed(result, order_BN.argsort(dim=1))
@@ -267,10 +270,11 @@ class Block:
             values = weights @ _rows(value, keys_BKTC)
             return Part(*(_rows(x.flatten(2, 3), chunks.places) for x in (values, total, level)))
 
+        inputs = self.query, self.text.key, self.text.value
+        if chunks.queries.numel() * keys_BKTC.shape[-1] <= KEPT:
+            return attend(*inputs)
         # The tables of a part are made again in the backward pass, or those of all parts would be kept till then.
-        part: Part = checkpoint(
-            attend, self.query, self.text.key, self.text.value, use_reentrant=False, preserve_rng_state=False
-        )
+        part: Part = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         return part
 
 
@@ -305,7 +309,7 @@ def _chunks(hashes_BKQ: Tensor, buckets: int) -> Chunks:
 
 
 def _met_before(number: int, chunks: Chunks, hashes_BKRQ: Tensor, keys_BKREC: Tensor, tokens: int) -> Tensor | None:
-    """Whether the queries of the chunks and the keys of their bucket met in one of an earlier round, BKTWC."""
+    """Whether the queries of the chunks and the keys of their bucket met in an earlier round, BKTWC."""
     (rows, heads, _, buckets, _), met = keys_BKREC.shape, None
     own_BKEC = keys_BKREC[:, :, number]
     for earlier in range(number):
