@@ -30,7 +30,7 @@ class VariantEntry:
         bias: Whether it honours what a model adds to its scores, as T5 does.
         softcap: Whether it honours a cap on the scores, as Gemma 2 has one.
         rules: Whether it honours a mask of more than padding.
-        shares: Whether it shares texts out between processes, and so must be at all self-attention of a stack.
+        context_parallel: Whether processes hold a text together, so that it must be at all self-attention of a stack.
     """
 
     path: str
@@ -39,7 +39,7 @@ class VariantEntry:
     bias: bool = True
     softcap: bool = True
     rules: bool = True
-    shares: bool = False
+    context_parallel: bool = False
 
     def load(self) -> Callable[..., Variant]:
         """Import what makes the variant (and with it torch)."""
@@ -61,7 +61,7 @@ VARIANTS: dict[str, VariantEntry] = {
     "adaptive_span": VariantEntry("attention.variants.adaptive_span:make", AROUND),
     "lsh": VariantEntry("attention.variants.lsh:make", AROUND, bias=False, softcap=False),
     "grouped_query": VariantEntry("attention.variants.grouped_query:make"),
-    "ring": VariantEntry("attention.variants.ring:make", AROUND, exact=True, shares=True),
+    "ring": VariantEntry("attention.variants.ring:make", AROUND, exact=True, context_parallel=True),
 }
 """Settings of each are in ``attention.options``."""
 

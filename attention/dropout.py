@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 2**16
-"""The share that is dropped is rounded to a multiple of 1 / LEVELS."""
+"""The fraction that is dropped is rounded to a multiple of 1 / LEVELS."""
 
 
 def draw_keep(shape: Sequence[int], dropped: int, generator: torch.Generator | None = None) -> Tensor:
@@ -38,6 +38,6 @@ def keep_again(seed: int, dropped: int, like: Tensor) -> Tensor | None:
     return draw_keep(like.shape, dropped, generator).to(like.device, like.dtype)
 
 
-def raised(dropped: int) -> float:
-    """By how much what is kept is raised for what dropout takes."""
+def dropout_scale(dropped: int) -> float:
+    """Of what is kept: 1 / (1 - p), so that dropout leaves the mean as it is."""
     return LEVELS / (LEVELS - dropped)

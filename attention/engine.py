@@ -9,15 +9,15 @@ Shapes: B rows, H query heads, K key/value heads, G = H / K, N queries, M keys, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention.dropout import LEVELS, keep_again, raised
+from attention.dropout import LEVELS, dropout_scale, keep_again
 from attention.masks import LazyMask
 from attention.scoring import Scoring
 
@@ -65,9 +65,24 @@ def tiled_attention(
         BHND. A query that sees nothing gets zeros.
     """
     dropped, seed = dropping(scoring)
-    tiles = Tiles(mask, tuple(visits), dropped, scoring.softcap, seed)
+    whole = _Whole(Meeting(slice(None), slice(None), Tiles(mask, tuple(visits), dropped, scoring.softcap, seed)))
+    return attend_along(query, key, value, scoring, whole, dropped)
+
+
+def attend_along(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, course: Course, dropped: int) -> Tensor:
+    """Attend, as the keys come by; both passes go over the course alike.
+
+    Args:
+        query: BHND.
+        key: BKMD, as is ``value``; those with which the course begins.
+        dropped: Of LEVELS weights.
+
+    Returns:
+        BHND.
+    """
     with torch.autocast(query.device.type, enabled=False):  # which would take fp32 products back to half precision
-        out = _Attend.apply(query, key, value, scoring.bias, scoring.scaling, tiles)  # type: ignore[no-untyped-call]
+        bias, scaling = scoring.bias, scoring.scaling
+        out = _Attend.apply(query, key, value, bias, scaling, dropped, course)  # type: ignore[no-untyped-call]
         return cast(Tensor, out)
 
 
@@ -100,10 +115,10 @@ class Tiles:
         if allowed is not None and not bool(allowed.any()):
             return None
         raw = _products(q, k.mT)
-        slope = None
+        cap_grad = None
         if self.softcap is not None:
             raw = raw.div_(self.softcap).tanh_()
-            slope = 1 - raw * raw
+            cap_grad = 1 - raw * raw
             raw.mul_(self.softcap)
         places = None
         if bias is not None:
@@ -112,7 +127,7 @@ class Tiles:
         if allowed is not None:
             # Added, since filling goes through all heads at a tenth of the speed.
             raw += raw.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)[:, :, None]
-        return _Scores(raw, slope, places)
+        return _Scores(raw, cap_grad, places)
 
     def keep(self, number: int, like: Tensor) -> Tensor | None:
         """The dropout mask of this visit; None without dropout."""
@@ -134,13 +149,56 @@ class _Scores:
 
     Args:
         value: Masked, [B, K, G, n, m].
-        slope: Derivative of the soft cap; None without one.
+        cap_grad: Derivative of the soft cap; None without one.
         places: Where the bias of the tile lies in the whole.
     """
 
     value: Tensor
-    slope: Tensor | None
+    cap_grad: Tensor | None
     places: Any
+
+
+class Meeting(NamedTuple):
+    """Some of the queries, and some of the keys that come by.
+
+    Args:
+        tiles: Numbered from the first of these queries and keys.
+        bias: Of these, a view of the whole; None is the whole.
+    """
+
+    queries: slice
+    keys: slice
+    tiles: Tiles
+    bias: Callable[[Tensor], Tensor] | None = None
+
+    def own_bias(self, whole: Tensor | None) -> Tensor | None:
+        """Of these queries and keys."""
+        return whole if whole is None or self.bias is None else self.bias(whole)
+
+
+class Course(Protocol):
+    """How keys and values come by the queries. No pair may meet twice."""
+
+    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
+        """Keys and values of these shapes, those given first, and what of them meets."""
+        ...
+
+    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+        """After each of them, in the backward pass: the gradients of those that come by next, home after the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All keys at once."""
+
+    meeting: Meeting
+
+    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
+        yield key, value, [self.meeting]
+
+    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+        return dkey, dvalue
 
 
 class Sums(NamedTuple):
@@ -181,7 +239,7 @@ def add_keys(sums: Sums, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, t
     Args:
         q: BKGND, scaled.
         k: BKMD.
-        v: BKMD, raised for dropout.
+        v: BKMD, scaled for dropout.
         bias: Of these queries and keys; see ``Scoring``.
     """
     for number, visit in enumerate(tiles.visits):
@@ -207,27 +265,27 @@ class Settled(NamedTuple):
         q: BKGND, scaled.
         grad: Of the output, BKGND.
         inner: Of output and gradient, BKGN1.
-        log_sum: BKGN1.
+        logsumexp: BKGN1.
     """
 
     q: Tensor
     grad: Tensor
     inner: Tensor
-    log_sum: Tensor
+    logsumexp: Tensor
 
     @classmethod
-    def from_result(cls, q: Tensor, result: Tensor, grad: Tensor, log_sum: Tensor) -> Settled:
+    def from_result(cls, q: Tensor, result: Tensor, grad: Tensor, logsumexp: Tensor) -> Settled:
         """Of output and gradient as they left and come back, BHND."""
         out, grad = (grouped(wide(x), q.shape[1]) for x in (result, grad))
-        return cls(q, grad, (out * grad).sum(-1, keepdim=True), log_sum)
+        return cls(q, grad, (out * grad).sum(-1, keepdim=True), logsumexp)
 
     def of(self, queries: slice) -> Settled:
         """Some of the queries, as views."""
         return Settled(*(x[..., queries, :] for x in self))
 
 
-class Slopes(NamedTuple):
-    """Gradients, added up in place: of q, scaled BKGND, of k and of raised v, BKMD, and of the bias if it wants one."""
+class Grads(NamedTuple):
+    """Gradients, added up in place: of q, scaled BKGND, of k and of scaled v, BKMD, and of the bias if it wants one."""
 
     q: Tensor
     k: Tensor
@@ -235,53 +293,71 @@ class Slopes(NamedTuple):
     bias: Tensor | None
 
 
-def add_slopes(slopes: Slopes, own: Settled, k: Tensor, v: Tensor, bias: Tensor | None, tiles: Tiles) -> None:
+def add_grads(grads: Grads, own: Settled, k: Tensor, v: Tensor, bias: Tensor | None, tiles: Tiles) -> None:
     """Add what keys and queries owe each other; arguments as of ``add_keys``."""
     for number, visit in enumerate(tiles.visits):
         k_m, now = _gather(k, visit), own.of(visit.queries)
         scores = tiles.scores(visit, now.q, k_m, bias, (own.q.shape[3], k.shape[2]))
         if scores is None:
             continue
-        weights = scores.value.sub_(now.log_sum).exp_()
-        dweights = _products(now.grad, _gather(v, visit).mT)
+        weights = scores.value.sub_(now.logsumexp).exp_()
         keep = tiles.keep(number, weights)
-        _scatter(slopes.v, visit, _collect(weights if keep is None else weights * keep, now.grad))
+        _scatter(grads.v, visit, _collect(weights if keep is None else weights * keep, now.grad))
+        dweights = _products(now.grad, _gather(v, visit).mT)  # after that of v: a tile less at once
         if keep is not None:
             dweights.mul_(keep)
         dscores = dweights.sub_(now.inner).mul_(weights)
-        if slopes.bias is not None:
-            _add_to_bias(slopes.bias, scores.places, dscores.flatten(1, 2))
-        if scores.slope is not None:
-            dscores.mul_(scores.slope)
-        slopes.q[..., visit.queries, :] += _products(dscores, k_m)
-        _scatter(slopes.k, visit, _collect(dscores, now.q))
+        if grads.bias is not None:
+            _add_to_bias(grads.bias, scores.places, dscores.flatten(1, 2))
+        if scores.cap_grad is not None:
+            dscores.mul_(scores.cap_grad)
+        grads.q[..., visit.queries, :] += _products(dscores, k_m)
+        _scatter(grads.k, visit, _collect(dscores, now.q))
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, tiles: Tiles
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropped: int,
+        course: Course,
     ) -> Tensor:
-        q, v = grouped(wide(query), key.shape[1]) * scaling, wide(value) * raised(tiles.dropped)
-        sums = Sums.none(q, v.shape[-1])
-        add_keys(sums, q, wide(key), v, bias, tiles)
-        out, log_sum = sums.settled()
+        q, factor = grouped(wide(query), key.shape[1]) * scaling, dropout_scale(dropped)
+        sums = Sums.none(q, value.shape[-1])
+        for key_then, value_then, meetings in course.around(key, value):
+            k, v = wide(key_then), wide(value_then) * factor
+            for met in meetings:
+                of_q, of_k = (..., met.queries, slice(None)), (..., met.keys, slice(None))
+                add_keys(sums.of(met.queries), q[of_q], k[of_k], v[of_k], met.own_bias(bias), met.tiles)
+        out, logsumexp = sums.settled()
         result = out.flatten(1, 2).to(query.dtype)
-        ctx.save_for_backward(query, key, value, bias, result, log_sum)
-        ctx.scaling, ctx.tiles = scaling, tiles
+        ctx.save_for_backward(query, key, value, bias, result, logsumexp)
+        ctx.scaling, ctx.factor, ctx.course = scaling, factor, course
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, result, log_sum = ctx.saved_tensors
-        tiles: Tiles = ctx.tiles
-        q, k, v = grouped(wide(query), key.shape[1]) * ctx.scaling, wide(key), wide(value) * raised(tiles.dropped)
+        query, key, value, bias, result, logsumexp = ctx.saved_tensors
+        course: Course = ctx.course
+        q = grouped(wide(query), key.shape[1]) * ctx.scaling
+        queries = Settled.from_result(q, result, grad, logsumexp)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(wide(key)), torch.zeros_like(wide(value))
         dbias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
-        slopes = Slopes(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dbias)
-        add_slopes(slopes, Settled.from_result(q, result, grad, log_sum), k, v, bias, tiles)
-        dq, dv = slopes.q.mul_(ctx.scaling).flatten(1, 2), slopes.v.mul_(raised(tiles.dropped))
-        return dq.to(query.dtype), slopes.k.to(key.dtype), dv.to(value.dtype), dbias, None, None
+        for key_then, value_then, meetings in course.around(key, value):
+            k, v = wide(key_then), wide(value_then) * ctx.factor
+            for met in meetings:
+                of_q, of_k = (..., met.queries, slice(None)), (..., met.keys, slice(None))
+                grads = Grads(dq[of_q], dk[of_k], dv[of_k], met.own_bias(dbias))
+                add_grads(grads, queries.of(met.queries), k[of_k], v[of_k], met.own_bias(bias), met.tiles)
+            dk, dv = course.handed_on(dk, dv)
+        dq, dv = dq.mul_(ctx.scaling).flatten(1, 2), dv.mul_(ctx.factor)
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias, None, None, None
 
 
 def wide(x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
         """Whether one variant is to go wherever it can."""
         return EVERYWHERE in self.root
 
-    def shares(self, processes: int) -> int:
+    def data_parallel_size(self, processes: int) -> int:
         """How many of so many processes train on examples of their own: one of each ring, and else all."""
         sizes = [options.ring_size or processes for options in self.root.values() if isinstance(options, RingOptions)]
         return processes // min(sizes[0], processes) if sizes else processes

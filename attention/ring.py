@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -54,11 +54,12 @@ class Ring:
         return self._hand_on(tensors, tag=len(tensors))() if self.size > 1 else tensors
 
     def _hand_on(self, tensors: tuple[Tensor, ...], *, tag: int) -> Callable[[], tuple[Tensor, ...]]:
-        arriving, ends = tuple(torch.empty_like(x) for x in tensors), (self.rank + 1, self.rank - 1)
+        leaving = tuple(x.contiguous() for x in tensors)
+        arriving, ends = tuple(torch.empty_like(x) for x in leaving), (self.rank + 1, self.rank - 1)
         works = dist.batch_isend_irecv(
             [
                 dist.P2POp(call, x, group=self.group, tag=tag + number, group_peer=end % self.size)
-                for call, end, ours in zip((dist.isend, dist.irecv), ends, (tensors, arriving), strict=True)
+                for call, end, ours in zip((dist.isend, dist.irecv), ends, (leaving, arriving), strict=True)
                 for number, x in enumerate(ours)
             ]
         )
@@ -104,42 +105,48 @@ class Shards:
 
     def own(self, whole: Tensor, dim: int) -> Tensor:
         """Of what goes by the tokens of the text along ``dim``, that of this process's."""
-        places = self._places([self.ring.held[self.ring.rank]], whole.device).clamp_(max=self.length - 1)
-        return whole.index_select(dim, places)
+        first = torch.tensor(self.ring.held[self.ring.rank], device=whole.device) * self._piece
+        places = (first[:, None] + torch.arange(self._piece, device=whole.device)).flatten()
+        return whole.index_select(dim, places.clamp_(max=self.length - 1))
 
     def whole(self, own_BnD: Tensor) -> Tensor:
         """Those of all processes as one text, BND; the gradients of all come back to each."""
-        gathered: Tensor = _Gather.apply(own_BnD, self.ring)  # type: ignore[no-untyped-call]
-        return gathered.index_select(1, self._places(self.ring.held, own_BnD.device).argsort()[: self.length])
+        return cast(Tensor, _Gather.apply(own_BnD, self))  # type: ignore[no-untyped-call]
 
     @property
     def _piece(self) -> int:
         return -(-self.length // (self.ring.size * len(self.ring.held[0])))
 
-    def _places(self, held: Any, device: torch.device) -> Tensor:
-        first = torch.tensor(held, device=device).flatten() * self._piece
-        return (first[:, None] + torch.arange(self._piece, device=device)).flatten()
-
 
 class _Gather(torch.autograd.Function):
-    """The processes' tokens, one process after another. Each makes its own gradient of all, and they are summed."""
+    """The text of the processes' tokens. Each makes its own gradient of all, and they are summed."""
 
     @staticmethod
-    def forward(ctx: Any, own_BnD: Tensor, ring: Ring) -> Tensor:
-        ctx.ring = ring
-        if ring.size == 1:
-            return own_BnD.clone()
-        parts = [torch.empty_like(own_BnD, memory_format=torch.contiguous_format) for _ in range(ring.size)]
-        dist.all_gather(parts, own_BnD.contiguous(), group=ring.group)
-        return torch.cat(parts, dim=1)
+    def forward(ctx: Any, own_BnD: Tensor, shards: Shards) -> Tensor:
+        ctx.shards, ring = shards, shards.ring
+        parts = own_BnD.contiguous()[None]
+        if ring.size > 1:
+            parts = parts.new_empty(ring.size, *own_BnD.shape)
+            dist.all_gather(list(parts), own_BnD.contiguous(), group=ring.group)
+        whole = own_BnD.new_empty(len(own_BnD), shards.length, own_BnD.shape[2])
+        for rank, part in enumerate(parts):
+            for own, there in shards.pieces(rank):
+                whole[:, there] = part[:, own]
+        return whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ring: Ring = ctx.ring
-        parts = [part.contiguous() for part in grad.chunk(ring.size, dim=1)]
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ring.group)
-        return own, None
+        shards: Shards = ctx.shards
+        ring = shards.ring
+        parts = grad.new_zeros(ring.size, len(grad), shards.tokens, grad.shape[2])
+        for rank, part in enumerate(parts):
+            for own, there in shards.pieces(rank):
+                part[:, own] = grad[:, there]
+        if ring.size == 1:
+            return parts[0], None
+        own_grad = torch.empty_like(parts[0])
+        dist.reduce_scatter(own_grad, list(parts), group=ring.group)
+        return own_grad, None
 
 
 @dataclass

@@ -15,7 +15,7 @@ class Scoring:
 
     Args:
         scaling: Factor of the products.
-        dropout: Share of the weights that is dropped; 0 in eval mode.
+        dropout: Fraction of the weights that is dropped; 0 in eval mode.
         bias: Added to the scores. Of two dimensions, [H, N + M - 1]: by the key's index less the query's, from
             -(N - 1). Of four: [B or 1, H, N, M].
         softcap: The scores s become softcap * tanh(s / softcap), as in Gemma 2 (arXiv 2408.00118, section 2).

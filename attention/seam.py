@@ -315,9 +315,11 @@ def refuse_mixed(sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
         UserError: Naming a place where it would be whole.
     """
     own = [(site, VARIANTS[options.variant]) for site, options in zip(sites, chosen, strict=True)]
-    shared = {site.stack for site, entry in own if entry.shares}
-    whole = [site for site, entry in own if site.role != "cross" and site.stack in shared and not entry.shares]
-    if whole or "" in shared:
+    parallel = {site.stack for site, entry in own if entry.context_parallel}
+    whole = [
+        site for site, entry in own if site.role != "cross" and site.stack in parallel and not entry.context_parallel
+    ]
+    if whole or "" in parallel:
         raise UserError(
             f"ring beside another attention at {whole[0]}" if whole else "ring in layers that stand in no list",
             where="attention",

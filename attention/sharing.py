@@ -80,7 +80,7 @@ def prove(model: Any) -> None:
     configs = [
         module.config for module in model.modules() if hasattr(module, "config")
     ]  # of a joined model, its halves'
-    if skipping := [(name, share) for config in configs for name in SKIPS if (share := getattr(config, name, 0))]:
+    if skipping := [(name, rate) for config in configs for name in SKIPS if (rate := getattr(config, name, 0))]:
         raise UserError(
             "{}={} with ring attention: processes would wait for blocks that others leave out".format(*skipping[0]),
             where="attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from attention.seam import (
     refuse_idle_places,
     refuse_mixed,
     refuse_no_place,
+    remove,
     sites_of,
     try_out,
 )
@@ -40,7 +41,7 @@ EFFECTIVE = ("attention", "model.revision", "model.trust_remote_code")
 """Settings that matter here."""
 UNBOUNDED = 1024
 """Tokens that are counted with where a model sets no bound."""
-SHARES = (
+CONTEXT_PARALLEL = (
     "ring: where several processes train, each holds a part of every text; the pairs are those of all together. "
     "In one process, and in eval mode, it is blockwise attention."
 )
@@ -116,7 +117,8 @@ def check(
     for plan in plans:
         refuse_idle_places(plan, sites)
         in_order = sorted(sites, key=lambda site: ROLES.index(site.role))
-        findings += [_find(plan, site, length, heads[site.module]) for site in in_order]
+        found = [_find(plan, site, length, heads[site.module]) for site in in_order]
+        findings += _proved(made, plan, found)
     console.print(_table(findings, f"{type(made).__name__}, {length:,} tokens"))
     for run in _runs(findings):
         if run[0].reason:
@@ -129,10 +131,8 @@ def check(
         )
     if given is not None:
         _refuse(given, findings)
-        if any(VARIANTS[options.variant].shares for options in given.root.values()):
-            install(made, given)
-            prove(made)
-            console.print(SHARES, highlight=False)
+        if any(VARIANTS[options.variant].context_parallel for options in given.root.values()):
+            console.print(CONTEXT_PARALLEL, highlight=False)
     return findings
 
 
@@ -171,6 +171,21 @@ def _find(plan: Plan, site: Site, length: int, heads: int) -> Finding:
     )
 
 
+def _proved(model: Any, plan: Plan, findings: list[Finding]) -> list[Finding]:
+    """The same, with a refusal where a text can not be shared out in this model: it is tried, as before a training."""
+    sharing = [found for found in findings if found.chosen and VARIANTS[found.chosen.variant].context_parallel]
+    if not sharing or any(found.refusal for found in findings):
+        return findings
+    try:
+        install(model, plan)
+        prove(model)
+    except UserError as error:
+        return [replace(found, chosen=None, refusal=error) if found in sharing else found for found in findings]
+    finally:
+        remove(model)
+    return findings
+
+
 def _refuse(plan: Plan, findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.refusal is not None:
@@ -203,7 +218,7 @@ def _where(run: Sequence[Finding]) -> str:
 
 
 def _cells(run: Sequence[Finding]) -> Iterator[str]:
-    """Of layers alike; the shares are of all pairs that full attention has there."""
+    """Of layers alike; the fractions are of all pairs that full attention has there."""
     yield describe_options(run[0].wanted, between="\n")
     yield _where(run)
     yield run[0].verdict

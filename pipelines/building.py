@@ -264,7 +264,7 @@ def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
     """
     train, processes = config.train, accelerator.num_processes
     if config.attention is not None:
-        _check_micro_batches(config, config.attention.shares(processes))
+        _check_micro_batches(config, config.attention.data_parallel_size(processes))
     elif processes == 1:  # several may make rings, which a checkpoint's own plan says: see ``distribute``
         _check_micro_batches(config, 1)
     return Batching(
@@ -278,14 +278,14 @@ def build_batching(config: RunConfig, accelerator: Accelerator) -> Batching:
     )
 
 
-def _check_micro_batches(config: RunConfig, shares: int) -> None:
+def _check_micro_batches(config: RunConfig, replicas: int) -> None:
     """Of processes, or of rings of them."""
     train = config.train
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    if micro and accumulation and micro * accumulation * shares != train.batch_size:
+    if micro and accumulation and micro * accumulation * replicas != train.batch_size:
         raise UserError(
-            f"{micro} x {accumulation} x {counted(shares, 'processes')} with examples of their own = "
-            f"{counted(micro * accumulation * shares, 'examples')} a step",
+            f"{micro} x {accumulation} x {counted(replicas, 'processes')} with examples of their own = "
+            f"{counted(micro * accumulation * replicas, 'examples')} a step",
             where="train.per_device_train_batch_size, train.gradient_accumulation_steps",
             expected=f"train.batch_size={train.batch_size}, which is decided first",
             fix="leave one of the two out: it follows from the others",

@@ -187,8 +187,8 @@ def test_processes_that_make_no_whole_rings_are_refused(monkeypatch):
         connect(ring_model("bert", {"variant": "ring", "ring_size": 2}))
     with pytest.raises(ValidationError, match="one number"):
         Plan.model_validate({"encoder.self": "ring", "decoder.self": {"variant": "ring", "ring_size": 2}})
-    shares = [Plan.model_validate({"variant": "ring", "ring_size": size}).shares(4) for size in (None, 2, 4)]
-    assert [*shares, Plan.model_validate("blockwise").shares(4)] == [1, 2, 1, 4]
+    sizes = [Plan.model_validate({"variant": "ring", "ring_size": size}).data_parallel_size(4) for size in (None, 2, 4)]
+    assert [*sizes, Plan.model_validate("blockwise").data_parallel_size(4)] == [1, 2, 1, 4]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,16 @@ def test_without_a_plan_every_variant_is_tried(folder, cli_run):
     assert "encoder.layer.*.attention.self" in out
 
 
+def test_without_a_plan_ring_is_proved_too(folder, cli_run):
+    """Layers that are called in turns would share a text out twice."""
+    save_body("albert", "model", num_hidden_layers=4)
+    code, out, log = cli_run("attention", "check", "model")
+    assert code == 0, log
+    assert out.count("goes in") == len(VARIANTS) - 2
+    assert out.count(", refused: ") == 1
+    assert "refused: AlbertModel answers differently where its blocks see tokens in another order" in out
+
+
 def test_a_plan_that_goes_in_is_counted(folder, cli_run):
     save_body("t5", "model")
     code, out, log = cli_run("attention", "check", "model", "attention=sliding_window", "attention.reach=3")
@@ -159,7 +169,7 @@ def test_what_ring_does_is_said_and_where_it_can_not_be_refused(folder, cli_run)
     assert "each holds a part of every text" in out
     code, out, log = cli_run("attention", "check", "model", "attention={'encoder.self[1]': full, encoder.self: ring}")
     assert code == 2
-    assert "goes in" in out
+    assert "encoder.self[0], refused: ring beside another attention at encoder.self[1]" in out
     assert "ring beside another attention at encoder.self[1]" in log
     save_body("albert", "turns", num_hidden_layers=4)
     code, out, log = cli_run("attention", "check", "turns", "attention=ring")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from attention import VARIANTS
+from pipelines import config
 from scripts.bench_attention import duplicate, exactness, pages, quality, speed
 
 DOCS = Path(__file__).parent.parent / "docs/attention"
@@ -53,6 +54,33 @@ def test_a_table_of_quality_pairs_the_seeds():
     plans = {"full": (), "strided": ("attention.stride=4",)}
     shown = quality.quality_table({"full": run(0.5, 0.7), "strided": run(0.6, 0.8)}, plans)
     assert "| strided | stride=4 | 0.7000 | 0.6000 | 0.8000 | +0.1000 (95 % interval +0.1000 to +0.1000) |" in shown
+
+
+@pytest.mark.parametrize(("headline", "sign"), [("f1", "above 0 is better"), ("perplexity", "below 0 is better")])
+def test_a_table_of_quality_says_which_sign_is_better(headline, sign):
+    runs = {"full": [{"headline": headline, "metrics": {headline: 0.5}}]}
+    assert sign in quality.quality_table(runs, {"full": ()})
+
+
+def test_each_trial_is_of_a_configuration_that_takes_its_settings():
+    for name, trial in quality.TRIALS.items():
+        for row, plan in trial.plans.items():
+            overrides = [*trial.settings, *([] if row == "full" else [f"attention={row.partition(' ')[0]}"]), *plan]
+            loaded = config.load(DOCS.parent.parent / f"configs/{name}.yaml", overrides)
+            assert (loaded.attention is None) == (row == "full")
+
+
+def test_the_long_trial_gives_each_row_its_length(monkeypatch):
+    lengths = {}
+
+    def run(side, task, overrides, *, keep):
+        found = config.load(DOCS.parent.parent / f"configs/{task}.yaml", overrides)
+        lengths[str(found.attention and found.attention.at("encoder.self", 0).variant)] = found.model.max_length
+        return {"headline": "accuracy", "metrics": {"accuracy": 0.5}}
+
+    monkeypatch.setattr(quality, "whole_run", run)
+    quality.measure(["classification-long"], seeds=1)
+    assert lengths == {"None": 512, "sliding_window": 2048, "blockwise": 2048}
 
 
 def test_every_variant_has_a_page_that_takes_its_figures(tmp_path):

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from heedful import UserError
 from sources import assets as assets_module
 from sources.assets import Asset, ensure, fetch, load_table, record
-from sources.conversions import CONVERSIONS, smollm2, squad, tatoeba, trec, wikitext
+from sources.conversions import CONVERSIONS, newsgroups, smollm2, squad, tatoeba, trec, wikitext
 from sources.texts import normalize
 
 REPO = Path(__file__).parents[1]
@@ -400,6 +400,27 @@ def test_trec_joins_duplicates_before_the_split_and_drops_contradictions(tmp_pat
     (source / "question_labels.txt").write_text("\n".join(reversed(lines[:1200])))
     trec(source, target)
     assert pq.read_table(target / "test.parquet").to_pylist() == tables["test"], "the order of the lines matters"
+
+
+def test_newsgroups_are_the_long_posts_without_the_names_of_groups(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    posts = [("sci.med", f"re doctors {word} " + "well " * 510) for word in map(str, range(650))]
+    posts += [("comp.os.ms-windows.misc", "faq of comp os ms windows misc and of sci med " + "so " * 508)]
+    posts += [("sci.med", "short"), ("sci.med", "both " * 600), ("comp.os.ms-windows.misc", "both " * 600), posts[0]]
+    for part, own in {"train": posts[::2], "test": posts[1::2]}.items():
+        rows = "".join(f"{label}\t{text.strip()}\n" for label, text in own)
+        (source / f"20newsgroups-{part}.tab").write_text(f"Category\tText\nd\tstring\nclass\t\n\n{rows}")
+    body = newsgroups(source, target)
+    tables = {s: pq.read_table(target / f"{s}.parquet").to_pylist() for s in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in tables.items()} == {"train": 51, "validation": 200, "test": 400}
+    texts = [row["text"] for rows in tables.values() for row in rows]
+    assert len(set(texts)) == 651
+    assert "faq of and of " + "so " * 507 + "so" in texts
+    assert all(len(text.split()) >= 511 for text in texts)
+    assert "(in 1 posts)" in body
+    assert "dropped (1)" in body
 
 
 def test_squad_drops_misaligned_answers_and_splits_by_article(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from attention.dropout import LEVELS, draw_keep, raised
+from attention.dropout import LEVELS, draw_keep, dropout_scale
 
 
 class FastDropout(nn.Dropout):
@@ -21,7 +21,7 @@ class FastDropout(nn.Dropout):
         dropped = round(self.p * LEVELS)
         if not self.training or dropped == 0 or dropped == LEVELS or x.device.type != "cpu":
             return super().forward(x)
-        return x * draw_keep(x.shape, dropped).to(x.dtype).mul_(raised(dropped))
+        return x * draw_keep(x.shape, dropped).to(x.dtype).mul_(dropout_scale(dropped))
 
 
 def use_fast_dropout(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention.dropout import keep_again, raised
+from attention.dropout import dropout_scale, keep_again
 from attention.engine import dropping, ranges, wide
 from attention.masks import LazyMask
 from attention.options import LshOptions
@@ -47,6 +47,8 @@ BLOCK = 4
 """Clusters' sizes in a block where tokens look back only: so many keys its queries see elsewhere in four rounds."""
 NARROWEST, WIDEST = 8, 64
 """Queries in a chunk. Narrow ones gather keys more often, wide ones stay empty more often."""
+KEPT = 2**16
+"""Pairs of a part up to which its tables are kept for the backward pass: of short texts they are small."""
 
 
 class Lsh(nn.Module):
@@ -92,7 +94,7 @@ class Lsh(nn.Module):
         tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
         order_BN = _real_first(mask, tokens) if self.causal else None
         dropped, seed = dropping(scoring)
-        values = wide(value) * raised(dropped)
+        values = wide(value) * dropout_scale(dropped)
         q, k, v = (_placed(x, order_BN) for x in (wide(query) * scoring.scaling, wide(key), values))
         text = Text(k, v, mask, order_BN, dropped, seed)
         with torch.no_grad():
@@ -108,7 +110,8 @@ class Lsh(nn.Module):
                 parts += self._rounds(own, hashes_BKGNR[:, :, :, block].flatten(2, 3).movedim(-1, 2), clusters.keys)
             if self.causal:
                 parts.append(own.itself())
-                clusters = self._furthest(clusters, heights_BKREN, block)
+                if block.stop < tokens:
+                    clusters = self._furthest(clusters, heights_BKREN, block)
             out.append(_together(parts).view(*q_BKGND.shape[:3], -1, v.shape[-1]))
         result = torch.cat(out, dim=3).flatten(1, 2)
         return result if order_BN is None else _placed(result, order_BN.argsort(dim=1))
@@ -177,11 +180,11 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """What all parts share.
+    """What is the same for all parts.
 
     Args:
         key: BKND.
-        value: BKND, raised for what dropout takes.
+        value: BKND, scaled for what dropout takes.
         mask: Of the tokens where they stood.
         order: Where each of them stood, BN; None where they stand.
         dropped: Of LEVELS weights.
@@ -267,10 +270,11 @@ class Block:
             values = weights @ _rows(value, keys_BKTC)
             return Part(*(_rows(x.flatten(2, 3), chunks.places) for x in (values, total, level)))
 
+        inputs = self.query, self.text.key, self.text.value
+        if chunks.queries.numel() * keys_BKTC.shape[-1] <= KEPT:
+            return attend(*inputs)
         # The tables of a part are made again in the backward pass, or those of all parts would be kept till then.
-        part: Part = checkpoint(
-            attend, self.query, self.text.key, self.text.value, use_reentrant=False, preserve_rng_state=False
-        )
+        part: Part = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         return part
 
 
@@ -278,9 +282,9 @@ def _together(parts: Sequence[Part]) -> Tensor:
     """Attention over the keys of all parts, BKQD; zeros where nothing was seen."""
     level = torch.stack([part.level for part in parts]).amax(0)
     level = level.masked_fill(level == -torch.inf, 0.0)
-    shares = [(part.level - level).exp() for part in parts]
-    total = sum((share * part.total for share, part in zip(shares, parts, strict=True)), torch.zeros_like(level))
-    values = sum((s * part.values for s, part in zip(shares, parts, strict=True)), torch.zeros_like(parts[0].values))
+    factors = [(part.level - level).exp() for part in parts]
+    total = sum((factor * part.total for factor, part in zip(factors, parts, strict=True)), torch.zeros_like(level))
+    values = sum((f * part.values for f, part in zip(factors, parts, strict=True)), torch.zeros_like(parts[0].values))
     return values / total.masked_fill(total == 0, 1.0)
 
 
@@ -305,17 +309,17 @@ def _chunks(hashes_BKQ: Tensor, buckets: int) -> Chunks:
 
 
 def _met_before(number: int, chunks: Chunks, hashes_BKRQ: Tensor, keys_BKREC: Tensor, tokens: int) -> Tensor | None:
-    """Whether the queries of the chunks and the keys of their bucket share one in an earlier round, BKTWC."""
+    """Whether the queries of the chunks and the keys of their bucket met in an earlier round, BKTWC."""
     (rows, heads, _, buckets, _), met = keys_BKREC.shape, None
     own_BKEC = keys_BKREC[:, :, number]
     for earlier in range(number):
         held_BKEN = own_BKEC.new_zeros(rows, heads, buckets, tokens, dtype=torch.bool)
         held_BKEN.scatter_(3, keys_BKREC[:, :, earlier], True)
         # Which keys of a bucket lie in one of the earlier round: by both of their numbers.
-        shared = held_BKEN.gather(3, own_BKEC.flatten(2)[:, :, None].expand(-1, -1, buckets, -1))
-        shared = shared.view(rows, heads, buckets * buckets, -1)
+        in_both = held_BKEN.gather(3, own_BKEC.flatten(2)[:, :, None].expand(-1, -1, buckets, -1))
+        in_both = in_both.view(rows, heads, buckets * buckets, -1)
         hashes_BKTW = hashes_BKRQ[:, :, earlier].gather(2, chunks.queries.flatten(2)).view_as(chunks.queries)
-        found = _rows(shared, hashes_BKTW * buckets + chunks.buckets[..., None])
+        found = _rows(in_both, hashes_BKTW * buckets + chunks.buckets[..., None])
         met = found if met is None else met | found
     return met
 

@@ -9,28 +9,16 @@ Shapes: B rows, H query heads, K key/value heads, N tokens of the text, n of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from attention.bias import bias_between
-from attention.dropout import raised
-from attention.engine import (
-    Settled,
-    Slopes,
-    Sums,
-    Tiles,
-    add_keys,
-    add_slopes,
-    dropping,
-    grouped,
-    wide,
-)
+from attention.engine import Meeting, Tiles, attend_along, dropping
 from attention.masks import LazyMask
 from attention.options import RingOptions
 from attention.ring import Shards, Stretch
@@ -108,34 +96,31 @@ def ring_attention(
     if bias is not None and (bias.shape[1] + 1 != 2 * length if bias.ndim == 2 else bias.shape[2:] != (length, length)):
         raise ValueError(f"a bias of the shape {tuple(bias.shape)} in a ring, for a text of {length} tokens")
     dropped, seed = dropping(scoring)
-    call = _Call(shards, mask, scoring.scaling, dropped, scoring.softcap, seed, tile_side(query[:, :, 0, 0].numel()))
-    with torch.autocast(query.device.type, enabled=False):  # as in the engine
-        return cast(Tensor, _RingAttend.apply(query, key, value, bias, call))  # type: ignore[no-untyped-call]
-
-
-class _Meeting(NamedTuple):
-    """A piece of this process's queries and one of some process's keys: where with the processes, where in the text."""
-
-    own: slice
-    theirs: slice
-    queries: slice
-    keys: slice
-    tiles: Tiles
+    course = _Course(shards, mask, dropped, scoring.softcap, seed, tile_side(query[:, :, 0, 0].numel()))
+    return attend_along(query, key, value, scoring, course, dropped)
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What both passes do alike; fields as of ``attention.engine.Tiles``, and the side of a tile."""
+class _Course:
+    """Once round the ring; fields as of ``attention.engine.Tiles``, and the side of a tile."""
 
     shards: Shards
     mask: LazyMask
-    scaling: float
     dropped: int
     softcap: float | None
     seed: int
     tile: int
 
-    def meetings(self, source: int) -> Iterator[_Meeting]:
+    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
+        """The keys and values of each process."""
+        for source, (key_then, value_then) in self.shards.ring.around(key, value):
+            yield key_then, value_then, self._meetings(source)
+
+    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+        """What keys and values are owed goes with them."""
+        return self.shards.ring.handed_on(dkey, dvalue)
+
+    def _meetings(self, source: int) -> Iterator[Meeting]:
         """Which pieces see which, of the keys of one process."""
         ring, pattern = self.shards.ring, Everything()
         pairs = list(product(self.shards.pieces(ring.rank), self.shards.pieces(source)))
@@ -146,49 +131,8 @@ class _Call:
                 # Far from the seeds of other pieces' visits; of a seed the generator takes no more than 32 bits.
                 seed = self.seed + ((source * len(ring.held[0]) ** 2 + number) << 20)
                 tiles = Tiles(self.mask.part(queries, keys), tuple(visits), self.dropped, self.softcap, seed)
-                yield _Meeting(own, theirs, queries, keys, tiles)
-
-    def bias(self, whole: Tensor | None, meeting: _Meeting) -> Tensor | None:
-        """That of one meeting, as a view."""
-        return None if whole is None else bias_between(whole, meeting.queries, meeting.keys, self.shards.length)
-
-
-class _RingAttend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
-        q = grouped(wide(query), key.shape[1]) * call.scaling
-        sums = Sums.none(q, value.shape[-1])
-        for source, (key_then, value_then) in call.shards.ring.around(key.contiguous(), value.contiguous()):
-            k, v = wide(key_then), wide(value_then) * raised(call.dropped)
-            for meeting in call.meetings(source):
-                own, theirs = (..., meeting.own, slice(None)), (..., meeting.theirs, slice(None))
-                add_keys(sums.of(meeting.own), q[own], k[theirs], v[theirs], call.bias(bias, meeting), meeting.tiles)
-        out, log_sum = sums.settled()
-        result = out.flatten(1, 2).to(query.dtype)
-        ctx.save_for_backward(query, key, value, bias, result, log_sum)
-        ctx.call = call
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, result, log_sum = ctx.saved_tensors
-        call: _Call = ctx.call
-        ring, factor = call.shards.ring, raised(call.dropped)
-        q = grouped(wide(query), key.shape[1]) * call.scaling
-        queries = Settled.from_result(q, result, grad, log_sum)
-        dq, dk, dv = torch.zeros_like(q), *(torch.zeros_like(wide(x).contiguous()) for x in (key, value))
-        dbias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
-        for source, (key_then, value_then) in ring.around(key.contiguous(), value.contiguous()):
-            k, v = wide(key_then), wide(value_then) * factor
-            for meeting in call.meetings(source):
-                own, theirs = (..., meeting.own, slice(None)), (..., meeting.theirs, slice(None))
-                slopes = Slopes(dq[own], dk[theirs], dv[theirs], call.bias(dbias, meeting))
-                bias_here = call.bias(bias, meeting)
-                add_slopes(slopes, queries.of(meeting.own), k[theirs], v[theirs], bias_here, meeting.tiles)
-            dk, dv = ring.handed_on(dk, dv)
-        dq, dv = dq.mul_(call.scaling).flatten(1, 2), dv.mul_(factor)
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias, None
+                bias = partial(bias_between, queries=queries, keys=keys, all_queries=self.shards.length)
+                yield Meeting(own, theirs, tiles, bias)
 
 
 def make(options: RingOptions, site: Site) -> RingAttention:

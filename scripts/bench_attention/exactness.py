@@ -55,46 +55,36 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
 
 def distances(name: str, kind: str) -> dict[str, float]:
     """The greatest difference of the output, and of the gradients of query, key and value, for both sides."""
-    real = torch.ones(ROWS, LENGTH, dtype=torch.bool)
-    real[1, LENGTH - PADDING :] = False
-    mask, scoring = make_mask(LENGTH, rows=ROWS, real=real), Scoring(WIDTH**-0.5)
-    variant: Any = make_variant(name)
-    of_output = real[:, None, :, None] * draw(LENGTH, rows=ROWS)[0].double()  # of padding nothing is asked
+    real_BN = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    real_BN[1, LENGTH - PADDING :] = False
+    mask, scoring = make_mask(LENGTH, rows=ROWS, real=real_BN), Scoring(WIDTH**-0.5)
     rounded = [tensor.to(TYPES[kind]) for tensor in draw(LENGTH, rows=ROWS)]
-
-    def learn(attend: Attend, tensors: Sequence[Tensor]) -> list[Tensor]:
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        output = attend(*leaves).double() * real[:, None, :, None]
-        return [output.detach(), *torch.autograd.grad((output * of_output).sum(), leaves)]
-
-    def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights_BHNM: Tensor = variant.weights(q, k, mask, scoring)
-        return weights_BHNM @ v
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=pairs_BHNM)
-
-    def distance(attend: Attend) -> tuple[float, float]:
-        found = zip(learn(attend, rounded), expected, strict=True)
-        output, *gradients = [float((own.double() - exact).abs().max()) for own, exact in found]
-        return output, max(gradients)
-
     exact = [tensor.double() for tensor in rounded]
+    variant: Any = make_variant(name)
     variant.double()
-    expected = learn(written_out, exact)
+    expected = _learn(lambda q, k, v: variant.weights(q, k, mask, scoring) @ v, exact, real_BN)
     with torch.no_grad():
         pairs_BHNM = variant.weights(exact[0], exact[1], mask, scoring) > 0
     variant.to(TYPES[kind])
-    (output, gradient), (kernel_output, kernel_gradient) = (
-        distance(lambda q, k, v: variant(q, k, v, mask, scoring)),
-        distance(kernel),
-    )
-    return {
-        "output": output,
-        "gradient": gradient,
-        "kernel_output": kernel_output,
-        "kernel_gradient": kernel_gradient,
+    sides: dict[str, Attend] = {
+        "": lambda q, k, v: variant(q, k, v, mask, scoring),
+        "kernel_": lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=pairs_BHNM),
     }
+    found: dict[str, float] = {}
+    for side, attend in sides.items():
+        learned = zip(_learn(attend, rounded, real_BN), expected, strict=True)
+        output, *gradients = [float((own.double() - true).abs().max()) for own, true in learned]
+        found |= {f"{side}output": output, f"{side}gradient": max(gradients)}
+    return found
+
+
+def _learn(attend: Attend, tensors: Sequence[Tensor], real_BN: Tensor) -> list[Tensor]:
+    """The output, and the gradients of query, key and value; of padding nothing is asked."""
+    real_B1N1 = real_BN[:, None, :, None]
+    of_output = real_B1N1 * draw(LENGTH, rows=ROWS)[0].double()
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    output = attend(*leaves).double() * real_B1N1
+    return [output.detach(), *torch.autograd.grad((output * of_output).sum(), leaves)]
 
 
 def _shown(report: dict[str, Any], exact: dict[str, Any], what: str) -> str:

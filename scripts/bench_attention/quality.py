@@ -13,49 +13,80 @@ import typer
 from scripts.bench_attention.subjects import Write, some_of
 from scripts.bench_peer import whole_run
 from scripts.reporting import interval95, processor, table, versions, write_page
+from tasks.protocol import LOWER_IS_BETTER
 
 FULL = "full"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A fine-tuning to compare variants by.
+    """A fine-tuning to compare variants by; its name is that of its configuration.
 
     Args:
-        settings: What differs from the task's own configuration, and why the run is shorter than it.
-        plans: Settings of ``attention`` by name; narrow ones, since these texts are short.
+        settings: What differs from the configuration, so that the run is short.
+        plans: Further settings of each row, by a name that begins with its variant; the first row is full attention.
+        about: What the figures are of, where the names do not say it.
     """
 
     settings: tuple[str, ...]
     plans: Mapping[str, tuple[str, ...]]
+    about: str = ""
 
 
-def _plans(reach: int, block: int, slots: int) -> dict[str, tuple[str, ...]]:
-    """Of every variant for encoders that is not full attention."""
-    return {
+def _plans(reach: int, block: int, slots: int | None, kv_heads: int) -> dict[str, tuple[str, ...]]:
+    """Of every variant that is not full attention; narrow ones, since the texts are short.
+
+    Args:
+        slots: Of Linformer; None for decoders, which have none, nor a use for a [CLS] that sees all.
+    """
+    plans: dict[str, tuple[str, ...] | None] = {
         FULL: (),
         "sliding_window": (f"attention.reach={reach}",),
-        "sliding_window and [CLS]": (f"attention.reach={reach}", "attention.global_tokens=[0]"),
+        "sliding_window and [CLS]": (f"attention.reach={reach}", "attention.global_tokens=[0]") if slots else None,
         "local_global": (f"attention.reach={reach}",),
         "block_sparse": (f"attention.block_size={block}", "attention.global_blocks=1", "attention.random_blocks=1"),
         "strided": (f"attention.stride={block}",),
-        "linformer": (f"attention.k={slots}",),
+        "linformer": (f"attention.k={slots}",) if slots else None,
         "additive": (),
         "adaptive_span": (f"attention.max_span={reach}", f"attention.ramp={max(2, reach // 2)}"),
         "lsh": (f"attention.cluster_size={block}", "attention.rounds=2", "attention.buckets=4"),
-        "grouped_query": ("attention.kv_heads=6",),
+        "grouped_query": (f"attention.kv_heads={kv_heads}",),
     }
+    return {name: settings for name, settings in plans.items() if settings is not None}
 
 
+WHOLE = "model.max_length=2048"
 TRIALS = {
-    "classification": Trial(("train.num_train_epochs=2",), _plans(reach=4, block=4, slots=8)),
-    "ner": Trial(("data.max_train_samples=4000", "train.num_train_epochs=2"), _plans(reach=4, block=4, slots=16)),
+    "classification": Trial(("train.num_train_epochs=2",), _plans(reach=4, block=4, slots=8, kv_heads=6)),
+    "ner": Trial(
+        ("data.max_train_samples=4000", "train.num_train_epochs=2"), _plans(reach=4, block=4, slots=16, kv_heads=6)
+    ),
+    "generation": Trial(
+        # A pack would hold several texts in a row, which lsh refuses.
+        ("data.max_train_samples=4", "data.max_eval_samples=2", "generation.packing=false"),
+        _plans(reach=16, block=16, slots=None, kv_heads=1),
+        "SmolLM2-135M-Instruct with LoRA, windows of 512 tokens. ",
+    ),
+    "classification-long": Trial(
+        # Updates, not a draw of rows, which might leave out a label.
+        ("data.max_eval_samples=200", "train.batch_size=8", "train.max_steps=36"),
+        {
+            FULL: ("model.max_length=512",),
+            "sliding_window and [CLS]": ("attention.reach=128", "attention.global_tokens=[0]", WHOLE),
+            "blockwise": (WHOLE,),
+        },
+        "Texts of 513 tokens or more, and no others: `full` reads the first 512 tokens of each, the other rows the "
+        "first 2,048; `blockwise` is full attention over those. ",
+    ),
 }
+ROWS = list(dict.fromkeys(row for trial in TRIALS.values() for row in trial.plans))
 
 
 def measure(
     task: Annotated[list[str] | None, some_of(TRIALS)] = None,
-    variant: Annotated[list[str] | None, some_of(next(iter(TRIALS.values())).plans)] = None,
+    variant: Annotated[
+        list[str] | None, some_of(dict.fromkeys(row for trial in TRIALS.values() for row in trial.plans))
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     keep: Annotated[Path | None, typer.Option(help="Store runs here as they end, and use those there.")] = None,
     write: Write = None,
@@ -63,9 +94,9 @@ def measure(
     """Test scores of whole runs, seed by seed, against full attention."""
     for name in task or TRIALS:
         trial = TRIALS[name]
-        rows = [FULL, *(row for row in variant or trial.plans if row != FULL)]
+        rows = [row for row in trial.plans if row == FULL or row in (variant or trial.plans)]
         reports = {row: [_run(name, trial, row, seed, keep) for seed in range(seeds)] for row in rows}
-        text = quality_table(reports, trial.plans)
+        text = quality_table(reports, trial.plans, trial.about)
         typer.echo(text)
         if write is not None:
             some = "".join(f" --variant '{row}'" for row in variant or ())
@@ -78,7 +109,9 @@ def measure(
             write_page(write / f"quality-{name}.md", f"Quality, {name}", facts, text, {"reports": reports})
 
 
-def quality_table(reports: Mapping[str, Sequence[Mapping[str, Any]]], plans: Mapping[str, Sequence[str]]) -> str:
+def quality_table(
+    reports: Mapping[str, Sequence[Mapping[str, Any]]], plans: Mapping[str, Sequence[str]], about: str = ""
+) -> str:
     """The mean of the test metric, and what each seed differs by from full attention with the same seed."""
     headline = reports[FULL][0]["headline"]
     scores = {name: [report["metrics"][headline] for report in runs] for name, runs in reports.items()}
@@ -88,9 +121,12 @@ def quality_table(reports: Mapping[str, Sequence[Mapping[str, Any]]], plans: Map
         shown = "" if name == FULL else f"{mean(differences):+.4f} ({interval95(differences)})"
         settings = " ".join(setting.removeprefix("attention.") for setting in plans[name])
         rows.append([name, settings, f"{mean(own):.4f}", f"{min(own):.4f}", f"{max(own):.4f}", shown])
-    return table(["variant", "settings", f"test {headline}", "least", "greatest", "difference to full"], rows)
+    header = ["variant", "settings", f"test {headline}", "least", "greatest", "difference to full"]
+    better, worse = ("below", "above") if headline in LOWER_IS_BETTER else ("above", "below")
+    sign = f"A difference {better} 0 is better than full attention with the same seed, {worse} 0 worse."
+    return f"{about}{sign}\n\n{table(header, rows)}"
 
 
-def _run(task: str, trial: Trial, row: str, seed: int, keep: Path | None) -> dict[str, Any]:
-    plan = () if row == FULL else (f"attention={row.partition(' ')[0]}", *trial.plans[row])
-    return whole_run("heedful", task, (*trial.settings, *plan, f"seed={seed}"), keep=keep)
+def _run(name: str, trial: Trial, row: str, seed: int, keep: Path | None) -> dict[str, Any]:
+    plan = () if row == FULL else (f"attention={row.partition(' ')[0]}",)
+    return whole_run("heedful", name, (*trial.settings, *plan, *trial.plans[row], f"seed={seed}"), keep=keep)
