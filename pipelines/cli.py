@@ -118,6 +118,25 @@ def assets(
     fetch_named(names)
 
 
+@app.command("serve-hub")
+def serve_hub(
+    folder: Annotated[Path, typer.Argument(help="Where the hub keeps everything; made if it is not there.")],
+    host: Annotated[str, typer.Option("--host", help="Other machines reach 0.0.0.0; that needs tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8765,
+    new_token: Annotated[
+        str | None, typer.Option("--new-token", metavar="USER", help="Print a new token for this user, and serve not.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="The new token reads alone.")] = False,
+) -> None:
+    """Serve models and data sets from a folder, to every client that knows HF_ENDPOINT."""
+    from pipelines import serve_hub as verb
+
+    if new_token is None:
+        verb.serve(folder, host=host, port=port)
+    else:
+        typer.echo(verb.new_token(folder, new_token, role="read" if read_only else "write"))
+
+
 @tokenizer_app.command("train")
 def train_tokenizer(
     out: Annotated[Path, typer.Argument(help="A new folder; model.tokenizer and AutoTokenizer open it.")],
