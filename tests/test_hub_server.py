@@ -425,15 +425,17 @@ def test_the_verb_serves_until_it_is_told_to_end(tmp_path, cli_run):
     assert (code, token[:3]) == (0, "hf_"), log
     given = [sys.executable, "-m", "pipelines.cli", "serve-hub", str(tmp_path / "hub"), "--port", "0"]
     serving = subprocess.Popen(given, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    said = [serving.stderr.readline() for _ in range(3)]
-    assert "for those with a token" in said[0]
-    netloc = urlsplit(said[2].split("=")[1].strip()).netloc
-    connection = http.client.HTTPConnection(netloc, timeout=10)
-    connection.request("GET", "/api/whoami-v2", headers={"Authorization": f"Bearer {token.strip()}"})
-    assert json.loads(connection.getresponse().read())["name"] == "me"
-    serving.terminate()
-    assert serving.wait(10) == 130
-    assert token.strip() not in serving.stderr.read()
+    try:
+        said = [serving.stderr.readline() for _ in range(3)]
+        assert "for those with a token" in said[0]
+        connection = http.client.HTTPConnection(urlsplit(said[2].split("=")[1].strip()).netloc, timeout=10)
+        connection.request("GET", "/api/whoami-v2", headers={"Authorization": f"Bearer {token.strip()}"})
+        assert json.loads(connection.getresponse().read())["name"] == "me"
+        serving.terminate()
+        assert serving.wait(10) == 130
+        assert token.strip() not in serving.stderr.read()
+    finally:
+        serving.kill()
     assert cli_run("serve-hub", tmp_path / "hub", "--new-token", "../me")[0] == 2
     assert cli_run("serve-hub", tmp_path / "open", "--host", "0.0.0.0")[0] == 2
 
