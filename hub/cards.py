@@ -170,7 +170,10 @@ def _number(value: Any) -> str:
 
 
 def _sources(sources: Mapping[str, Source]) -> str:
-    return "\n".join(f"- {split}: {_source(source)}" for split, source in sources.items())
+    told: dict[str, list[str]] = {}
+    for split, source in sources.items():
+        told.setdefault(_source(source), []).append(split)
+    return "\n".join(f"- {', '.join(splits)}: {text}" for text, splits in told.items())
 
 
 def _source(source: Source) -> str:

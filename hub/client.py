@@ -41,11 +41,10 @@ def connect() -> HfApi:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may go through in a moment."""
-    cause = _cause(error)
-    if isinstance(cause, HfHubHTTPError):
-        return cause.response.status_code in TRANSIENT
-    return isinstance(cause, httpx2.TransportError)
+    """Whether the same call may go through in a moment. Large files are none of these: the client was patient."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in TRANSIENT
+    return isinstance(error, httpx2.TransportError)
 
 
 def _cause(error: BaseException) -> BaseException:
