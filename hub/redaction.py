@@ -7,16 +7,16 @@ from pathlib import Path
 
 from heedful import UserError
 
-_SECRETS = re.compile(
-    r"hf_[A-Za-z0-9_-]{20,}|Bearer\s+[\w.-]{16,}|(?i:api_?key|password|secret|token)\s*[=:]\s*\S{8,}|//[^\s/:@]+:[^\s/@]+@"
-)
+_TOKENS = re.compile(r"hf_[A-Za-z0-9]{20,}|Bearer\s+[\w.-]{16,}|//[^\s/:@]+:[^\s/@]+@")
+_ASSIGNED = re.compile(r"(?i:api_?key|password|secret|token)\s*[=:]\s*\S{8,}")
+"""In a command; in a chat template it would be a variable."""
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|/[^\s/\"'`,;=]+)(?:/[^\s/\"'`,;=]+)*/([^\s/\"'`,;=]+)/?")
 _HIDDEN = "(hidden)"
 
 
 def redact(text: str) -> str:
     """Hide tokens, and of absolute paths all but the last name."""
-    return _PATH.sub(r".../\1", _SECRETS.sub(_HIDDEN, text))
+    return _PATH.sub(r".../\1", _ASSIGNED.sub(_HIDDEN, _TOKENS.sub(_HIDDEN, text)))
 
 
 def refuse_secrets(path: Path, name: str) -> None:
@@ -27,7 +27,7 @@ def refuse_secrets(path: Path, name: str) -> None:
     """
     text = path.read_text(encoding="utf-8")
     for what, found in (
-        ("a token or a password", _SECRETS.search(text)),
+        ("a token or a password", _TOKENS.search(text)),
         ("a path of this machine", _machine_path(text)),
     ):
         if found:

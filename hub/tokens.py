@@ -49,7 +49,7 @@ class Guard:
 
     def new_token(self, user: User) -> str:
         """Make a token. It is told once: the file holds its hash."""
-        token = f"hf_{secrets.token_urlsafe(32)}"
+        token = f"hf_{secrets.token_hex(20)}"
         known = {} if self.is_open else json.loads(self._path.read_bytes())
         aside = self._path.with_name(f".{FILE}")
         os.close(os.open(aside, os.O_CREAT | os.O_WRONLY, 0o600))

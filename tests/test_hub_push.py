@@ -19,7 +19,7 @@ from heedful import UserError
 from hub import client as hub_client
 from hub import facts
 from hub.cards import card, results_file
-from hub.redaction import redact
+from hub.redaction import redact, refuse_secrets
 from pipelines.config import load
 from pipelines.finetune import finetune
 from pipelines.push import push
@@ -213,6 +213,12 @@ def test_a_file_with_a_secret_is_refused(found, run, hub, cli_run):
     assert not hub.api.repo_exists("me/m")
 
 
+def test_a_chat_template_is_no_secret(tmp_path):
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{%- set bos_token = message['content'] %}</tool_call> a/b <|im_end|> hf_device_map")
+    refuse_secrets(path, path.name)
+
+
 def test_a_broken_model_is_not_pushed(run, hub, cli_run):
     with (run / "model/model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -290,6 +296,15 @@ def test_who_pushed_meanwhile_is_not_overwritten(run, hub, cli_run, monkeypatch)
     assert len(visible(hub)) == 2
 
 
+def test_an_answer_that_was_lost_is_not_taken_for_somebody_elses_push(run, hub):
+    push("runs/run", "me/m", yes=True)
+    shutil.rmtree(run / "adapter")
+    hub.faults += FAULTS["commit-answer-lost"]
+    commit = push("runs/run", "me/m", yes=True)
+    assert visible(hub)[0].commit_id == commit
+    assert len(visible(hub)) == 2
+
+
 def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     hub.faults += [("GET /me/m/resolve/.*model.safetensors", "half")] * 2
@@ -324,6 +339,12 @@ def test_what_a_hub_refuses_is_said(token, repo, expected, run, hub, cli_run, mo
     monkeypatch.setenv("HF_TOKEN", token if isinstance(token, str) else hub.tokens[token])
     code, _, log = cli_run("push", "runs/run", repo, "--yes")
     assert (code, expected in log) == (2, True), log
+
+
+def test_a_hub_that_has_no_xet_is_not_asked_for_it(run, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # as it was read when the library was imported
+    push("runs/run", "me/m", yes=True)
+    assert not any("xet" in call for call in hub.calls)
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(run, hub, cli_run):
