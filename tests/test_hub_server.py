@@ -398,6 +398,8 @@ def test_what_changed_on_the_hubs_disk_is_not_passed_on_for_a_commit(hub, api):
     object_ = repo.path_of(repo.find("main").files["m.bin"].sha256)
     object_.write_bytes(b"\0" * 49)
     assert call(hub, "GET", "/me/x/resolve/main/m.bin")[0] == 500
+    object_.write_bytes(b"\0" * 50)
+    assert call(hub, "GET", "/me/x/resolve/main/m.bin")[0] == 200
     commit.write_text(commit.read_text().replace("m.bin", "n.bin"))
     assert call(hub, "GET", "/me/x/resolve/main/n.bin")[0] == 500
 
