@@ -8,12 +8,13 @@ NPROC ?= 1
 RETRIES ?= 0
 PYTHON ?= python3
 CHECKPOINT ?= runs/$(TASK)
+HUB ?= hub.data
 BIN := .venv/bin
 # Literally: a dollar sign in a text is no variable of make.
 predict: override export INPUT := $(value INPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint assets plan finetune evaluate predict config test verify check format bench-peer attention clean
+.PHONY: help setup lint assets plan finetune evaluate predict push pull serve-hub config test verify check format bench-peer attention clean
 
 help:  ## Show every target, one line each
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +44,15 @@ evaluate: .venv/.ready  ## Score CHECKPOINT on its run's data, or with ARGS="dat
 
 predict: .venv/.ready  ## Answers of CHECKPOINT for INPUT, a file or a text, as JSON lines
 	@$(BIN)/heedful predict -- "$(CHECKPOINT)" "$$INPUT" $(ARGS)
+
+push: .venv/.ready  ## Show what of CHECKPOINT would go to REPO (owner/name or file:///folder), and ask; ARGS="--private --yes"
+	@$(BIN)/heedful push "$(CHECKPOINT)" "$(REPO)" $(ARGS)
+
+pull: .venv/.ready  ## Fetch REPO from a hub, every file verified; ARGS="FOLDER --revision v1"
+	@$(BIN)/heedful pull "$(REPO)" $(ARGS)
+
+serve-hub: .venv/.ready  ## Serve a hub of your own from HUB, a folder; ARGS="--port 8765"
+	@$(BIN)/heedful serve-hub "$(HUB)" $(ARGS)
 
 config: .venv/.ready  ## Print the resolved configuration of TASK with every default
 	@$(BIN)/heedful config $(CONFIG) $(ARGS)

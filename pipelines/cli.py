@@ -124,6 +124,54 @@ def assets(
     fetch_named(names)
 
 
+@app.command()
+def push(
+    checkpoint: Checkpoint,
+    target: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, or file:///folder.")],
+    private: Annotated[bool, typer.Option("--private", help="For its owner alone.")] = False,
+    tag: Annotated[str | None, typer.Option("--tag", help="A name for this version, such as v1.")] = None,
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Publish whatever the terms of the data say.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
+) -> None:
+    """Show what would go to a hub, and send it; the token is that of HF_TOKEN or `hf auth login`."""
+    from pipelines import push as verb
+
+    verb.push(checkpoint, target, private=private, tag=tag, accept_terms=accept_terms, yes=yes, ask=verb.on_terminal())
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(metavar="REPO", help="owner/name, or file:///folder.")],
+    folder: Annotated[Path | None, typer.Argument(help="A new folder; else one of the model's name, here.")] = None,
+    revision: Annotated[str, typer.Option("--revision", help="A branch, a tag or a commit.")] = "main",
+) -> None:
+    """Fetch a model from a hub, and compare every file with what the hub says it holds."""
+    from pipelines import pull as verb
+
+    typer.echo(verb.pull(source, folder, revision=revision))
+
+
+@app.command("serve-hub")
+def serve_hub(
+    folder: Annotated[Path, typer.Argument(help="Where the hub keeps everything; made if it is not there.")],
+    host: Annotated[str, typer.Option("--host", help="Other machines reach 0.0.0.0; that needs tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8765,
+    new_token: Annotated[
+        str | None, typer.Option("--new-token", metavar="USER", help="Print a new token for this user, and serve not.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="The new token reads alone.")] = False,
+) -> None:
+    """Serve models and data sets from a folder, to every client that knows HF_ENDPOINT."""
+    from pipelines import serve_hub as verb
+
+    if new_token is None:
+        verb.serve(folder, host=host, port=port)
+    else:
+        typer.echo(verb.new_token(folder, new_token, role="read" if read_only else "write"))
+
+
 @tokenizer_app.command("train")
 def train_tokenizer(
     out: Annotated[Path, typer.Argument(help="A new folder; model.tokenizer and AutoTokenizer open it.")],

@@ -40,12 +40,13 @@ from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
 from pipelines.transfer import recover
 from sources.audit import Audit, audit, check, summary
+from sources.files import fault, write_json
 from sources.texts import counted
 from tasks import TASKS
 from tasks.protocol import Task
 from training import checkpoints
 from training.batches import epochs, examples
-from training.checkpoints import Position, write_json
+from training.checkpoints import Position
 from training.embeddings import restore_embeddings
 from training.export import export
 from training.loop import Trainee, train
@@ -266,7 +267,7 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
         )
         position.world_size = accelerator.num_processes
     best = path.parent / f"step-{position.best_step}"
-    if position.best_step is not None and (reason := checkpoints.fault(best)):
+    if position.best_step is not None and (reason := fault(best)):
         say(f"the best checkpoint, {best.name}, is lost ({reason}): the best of the evaluations to come is kept")
         position.best_step = position.best_score = None
     if accelerator.is_main_process:

@@ -19,8 +19,8 @@ import yaml
 
 from heedful import UserError, __version__
 from pipelines.config import RunConfig, validate
+from sources.files import write_json
 from training import checkpoints
-from training.checkpoints import write_json
 
 PACKAGES = (
     "torch",

@@ -51,6 +51,7 @@ class Asset(Package):
         language: The languages in it, by their codes.
         notice: A line of the publisher that travels with the data: shown when fetched, kept in the manifest.
         restricted: Whether terms or notice stand against publishing it, or what was trained on it.
+        hub_id: Its name on the Hub, where it is known there.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Asset(Package):
     language: tuple[str, ...] = ("en",)
     notice: str = ""
     restricted: bool = False
+    hub_id: str = ""
 
 
 def load_table(path: Path) -> dict[str, Asset]:

@@ -1,11 +1,17 @@
-"""Files on a disk: their hashes, and the certainty that they are there."""
+"""Files on a disk: their hashes, the certainty that they are there, and folders that are whole or absent."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
 
 
 def sha256_of(path: Path) -> str:
@@ -34,3 +40,51 @@ def sync(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON; NaN is refused, since no other language could read it."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make ``folder`` appear at once, with its manifest, or not at all.
+
+    Args:
+        folder: Where it shall be; an older one of this name is replaced.
+        fill: Writes the files into the folder that it is given.
+    """
+    aside, former = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "former"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        fill(aside)
+        share_mode(aside)
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        write_json(aside / MANIFEST, {str(p.relative_to(aside)): sha256_of(p) for p in files})
+        sync(*files, aside / MANIFEST, aside)
+        if folder.exists():  # kept until the new one stands: a kill in between loses neither
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
+        aside.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(former, ignore_errors=True)
+    except BaseException:  # a full disk is a RuntimeError from torch, an OSError from json, another from safetensors
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a folder written by ``write_whole``, or None."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        hashes = None
+    if not (isinstance(hashes, dict) and hashes):
+        return f"{MANIFEST} is missing or broken"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != expected:
+            return f"{name} does not match its hash"
+    return None

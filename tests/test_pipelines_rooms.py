@@ -1,13 +1,15 @@
 """The walls of the house: imports run one way, and the wheel holds every room."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("heedful", "sources", "tasks", "attention", "training", "pipelines")
+ROOMS = ("heedful", "sources", "tasks", "attention", "training", "hub", "pipelines")
 """From the ground floor up; a room may import those below it."""
 
 
@@ -33,6 +35,16 @@ def test_imports_run_one_way(room):
 
 def test_attention_knows_nothing_of_tasks_and_data():
     assert {name for path in files("attention") for name in imported(path)} & {"tasks", "sources"} == set()
+
+
+def test_the_hub_knows_nothing_of_training():
+    assert "training" not in {name for path in files("hub") for name in imported(path)}
+
+
+def test_the_server_imports_no_torch():
+    heavy = "{'torch', 'transformers', 'datasets', 'huggingface_hub'}"
+    code = f"import sys, hub.server; raise SystemExit(', '.join({heavy} & sys.modules.keys()) or None)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_every_package_is_listed_for_the_wheel():

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from heedful import UserError
+from sources.files import fault, write_whole
 from training import checkpoints
-from training.checkpoints import Position, fault, newest_whole, prune, write_whole
+from training.checkpoints import Position, newest_whole, prune
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
@@ -214,7 +215,7 @@ def test_a_save_that_fails_leaves_the_former_ones(error, tmp_path):
 
 KILLED = """
 import pathlib, sys, time
-from training.checkpoints import write_whole
+from sources.files import write_whole
 def fill(aside):
     (aside / "model.safetensors").write_bytes(b"half")
     print("filling", flush=True)

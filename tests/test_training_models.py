@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from heedful import UserError
-from training.checkpoints import write_whole
+from sources.files import write_whole
 from training.models import (
     compare_vocabularies,
     load_model,

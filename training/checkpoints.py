@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, hashed, synced, renamed; pruned only after the new one is safe.
+"""Checkpoints that are whole or absent (``sources.files.write_whole``); pruned only after the new one is safe.
 
 No pickle anywhere: tensors in safetensors, everything else in JSON. Random state is not stored at all, because every
 step seeds its own (``training.loop.seed_step``). See ADR 5.
@@ -27,14 +27,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from heedful import UserError
-from sources.files import sha256_of, share_mode, sync
+from sources.files import fault, write_json, write_whole
 from training.batches import BlockStart
 from training.sharding import is_sharded, local
 
 # Reading without the other ranks is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-
-MANIFEST = "MANIFEST.json"
 
 
 @dataclass
@@ -52,54 +50,6 @@ class Position:
     """Hashes of the files or data sets that the splits were read from."""
     block: BlockStart = field(default_factory=BlockStart)
     """Of the last update."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON; NaN is refused, since no other language could read it."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make ``folder`` appear at once, with its manifest, or not at all.
-
-    Args:
-        folder: Where it shall be; an older one of this name is replaced.
-        fill: Writes the files into the folder that it is given.
-    """
-    aside, former = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "former"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        fill(aside)
-        share_mode(aside)
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        write_json(aside / MANIFEST, {str(p.relative_to(aside)): sha256_of(p) for p in files})
-        sync(*files, aside / MANIFEST, aside)
-        if folder.exists():  # kept until the new one stands: a kill in between loses neither
-            shutil.rmtree(former, ignore_errors=True)
-            folder.rename(former)
-        aside.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(former, ignore_errors=True)
-    except BaseException:  # a full disk is a RuntimeError from torch, an OSError from json, another from safetensors
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def fault(folder: Path) -> str | None:
-    """What is wrong with a folder written by ``write_whole``, or None."""
-    try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        hashes = None
-    if not (isinstance(hashes, dict) and hashes):
-        return f"{MANIFEST} is missing or broken"
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_of(folder / name) != expected:
-            return f"{name} does not match its hash"
-    return None
 
 
 def require_whole(path: Path) -> None:

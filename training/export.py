@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from attention.seam import mark
 from heedful import UserError
+from sources.files import write_whole
 from tasks.batching import model_inputs
 from tasks.protocol import Batch, Task
 from tasks.saved import save_task
-from training.checkpoints import write_whole
 from training.lora import open_adapter, save_adapter
 from training.models import load_model
 from training.quantization import FourBits, merge, quantize

@@ -31,9 +31,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from attention.options import Plan
 from attention.seam import install, stored_plan, variant_parameters
 from heedful import UserError
+from sources.files import MANIFEST, fault
 from sources.texts import counted
 from tasks.saved import model_of_run
-from training.checkpoints import MANIFEST, fault
 from training.positions import Growth, Wanted, growth
 
 TOKENIZER_FILES = (

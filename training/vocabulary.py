@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from heedful import UserError
-from training.checkpoints import write_whole
+from sources.files import write_whole
 from training.models import load_tokenizer
 
 Kind = Literal["bpe", "wordpiece", "unigram"]

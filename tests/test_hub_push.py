@@ -1,0 +1,443 @@
+"""Pushing and pulling with the real client and the loopback hub: what goes, what stays, and every fault on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import client, hub_on_loopback
+from huggingface_hub import ModelCard, constants
+from tiny_families import save_body
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from heedful import UserError
+from hub import client as hub_client
+from hub import facts
+from hub.cards import card, results_file
+from hub.redaction import redact, refuse_secrets
+from pipelines.config import load
+from pipelines.finetune import finetune
+from pipelines.push import push
+from sources.files import fault, sha256_of
+
+ROOT = Path(__file__).parent.parent
+CANARY = "hf_canaryCANARYcanaryCANARYcanary00"
+ROWS = "text,label\n" + "".join(f"the cat {w} {'dog' * i},{'ab'[i % 2]}\n" for i, w in enumerate(["sat", "on"] * 6))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with LoRA, which leaves model/ and adapter/, and a canary in its surroundings."""
+    home = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("HF_TOKEN", CANARY)
+        patch.setattr(sys, "argv", ["heedful", "finetune", "run.yaml", f"model.name={home}/base"])
+        save_body("bert", "base")
+        Path("rows.csv").write_text(ROWS)
+        values = {
+            "task": "classification",
+            "model": {"name": str(home / "base"), "max_length": 32},
+            "data": {"train": str(home / "rows.csv"), "validation": "rows.csv", "test": "rows.csv"},
+            "train": {"max_steps": 2, "batch_size": 4, "save_steps": 1},
+            "lora": {"r": 2},
+        }
+        Path("run.yaml").write_text(yaml.safe_dump(values))
+        finetune(load(Path("run.yaml"), []))
+    return home
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs/run"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with a token, which the environment has, a cache of its own, and no waits."""
+    with hub_on_loopback(tmp_path / "hub", ("me", "write"), ("you", "write")) as (server, *tokens):
+        server.tokens = tokens
+        server.api = client(monkeypatch, server, tokens[0])
+        monkeypatch.setenv("HF_TOKEN", tokens[0])
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hub_client, "WAITS", (0.01,) * 3)
+        yield server
+
+
+def sent(hub):
+    """The calls that carried a model's bytes, or a commit."""
+    return [c for c in hub.calls if c.startswith("PUT") or "/commit/" in c]
+
+
+def change_manifest(run, **values):
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | values))
+
+
+def visible(hub):
+    """What anyone can see of the repository: commits beyond the first, empty one."""
+    return hub.api.list_repo_commits("me/m")[:-1] if hub.api.repo_exists("me/m") else []
+
+
+# --------------------------------------------------------------------------------------------- there and back
+
+
+def test_a_push_is_shown_first_and_then_is_one_commit(run, hub, cli_run):
+    code, _, log = cli_run("push", "runs/run", "me/m", "--private", "--tag", "v1")
+    assert code == 0, log
+    assert "nothing was sent; --yes sends it" in log
+    assert not hub.api.repo_exists("me/m")
+    code, _, log = cli_run("push", "runs/run", "me/m", "--private", "--tag", "v1", "--yes")
+    assert code == 0, log
+    commits = hub.api.list_repo_commits("me/m")
+    assert len(commits) == 2, "the hub's first one, and this"
+    assert [r.target_commit for r in hub.api.list_repo_refs("me/m").tags] == [commits[0].commit_id]
+    assert hub.api.model_info("me/m").private
+    names = set(hub.api.list_repo_files("me/m"))
+    assert {"README.md", "heedful.json", "model.safetensors", "adapter/adapter_model.safetensors"} <= names
+    assert not any(word in name for name in names for word in ("optimizer", "checkpoints", "rows", "MANIFEST"))
+    hub.calls.clear()
+    code, _, log = cli_run("push", "runs/run/model", "me/m", "--private", "--yes")
+    assert (code, "nothing to send" in log) == (0, True)
+    assert sent(hub) == []
+    code, out, log = cli_run("pull", "me/m", "--revision", "v1")
+    assert (code, out) == (0, "m\n"), log
+    assert fault(Path("m")) is None
+    assert {p.name: sha256_of(p) for p in Path("m").glob("*.safetensors")} == {
+        p.name: sha256_of(p) for p in (run / "model").glob("*.safetensors")
+    }
+    code, out, log = cli_run("predict", "m", "the cat sat")
+    assert code == 0, log
+    assert out == cli_run("predict", "runs/run", "the cat sat")[1]
+
+
+def test_transformers_opens_it_by_name(run, hub):
+    push("runs/run", "me/m", yes=True)
+    assert pipeline("text-classification", "me/m")("the cat sat")[0]["label"] in "ab"
+
+
+def test_what_the_model_has_no_more_is_taken_away_and_nothing_else(run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    hub.api.upload_file(repo_id="me/m", path_in_repo="picture.png", path_or_fileobj=b"\0")
+    shutil.rmtree(run / "adapter")
+    code, _, log = cli_run("push", "runs/run", "me/m", "--yes")
+    assert code == 0, log
+    assert "gone" in log
+    names = hub.api.list_repo_files("me/m")
+    assert "picture.png" in names
+    assert not any(name.startswith("adapter/") for name in names)
+
+
+def test_a_folder_does_as_well(run, tmp_path, cli_run):
+    where = (tmp_path / "shelf").as_uri()
+    code, _, log = cli_run("push", "runs/run", where)
+    assert (code, "nothing was sent" in log, (tmp_path / "shelf").exists()) == (0, True, False), log
+    assert cli_run("push", "runs/run", where, "--tag", "v1", "--yes")[0] == 0
+    assert "nothing to send" in cli_run("push", "runs/run", where, "--yes")[2]
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "shelf/v1")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "shelf/main")) > 5
+    assert cli_run("pull", where, "again", "--revision", "v1")[0] == 0
+    assert cli_run("predict", "again", "the cat sat")[0] == 0
+    assert cli_run("push", "runs/run", where, "--private")[0] == 2
+
+
+def test_a_pull_leaves_what_is_somebody_elses(run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    Path("m").mkdir()
+    Path("m/mine").write_text("x")
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, "something else is there" in log) == (2, True)
+    assert [p.name for p in Path("m").iterdir()] == ["mine"]
+    assert cli_run("pull", "me/m", "n")[0] == 0
+    assert cli_run("pull", "me/m", "n")[0] == 0, "as it was pulled: it may be replaced"
+
+
+# ----------------------------------------------------------------------------------------- what must not go out
+
+
+def test_terms_stand_against_it_until_they_are_accepted(run, hub, cli_run):
+    asset = {"name": "conll2003", "license": "other", "terms": "research alone", "restricted": True, "language": ["en"]}
+    change_manifest(run, assets=[asset])
+    code, _, log = cli_run("push", "runs/run", "me/m", "--yes")
+    assert code == 2
+    assert "conll2003: research alone" in log
+    assert hub.calls == []
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["train"] = "assets/conll2003/train.parquet"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    code, _, log = cli_run("push", "runs/run", "me/m", "--yes", "--accept-terms")
+    assert code == 0, log
+    text = hub.api.hf_hub_download("me/m", "README.md")
+    assert "research alone" in Path(text).read_text()
+    assert ModelCard.load(text).data.license == "other"
+
+
+def test_a_model_without_its_run_is_asked_about(run, hub, tmp_path, cli_run):
+    shutil.move(run / "model", tmp_path / "stray")
+    code, _, log = cli_run("push", "stray", "me/m", "--yes")
+    assert (code, "nobody can tell what it was trained on" in log) == (2, True)
+    assert cli_run("push", "stray", "me/m", "--yes", "--accept-terms")[0] == 0
+
+
+def test_nothing_of_this_machine_goes_out(run, hub, trained, cli_run):
+    (run / "model/notes.txt").write_text("mine")
+    (run / "model/optimizer.safetensors").write_text("mine")
+    (run / "model/MANIFEST.json").unlink()
+    change_manifest(
+        run, command=f"heedful finetune {trained}/run.yaml tracking.token={CANARY} model.name={trained}/base"
+    )
+    code, out, log = cli_run("push", "runs/run", "me/m", "--yes")
+    assert code == 0, log
+    assert "left out: notes.txt, optimizer.safetensors" in log
+    cli_run("pull", "me/m")
+    told = out + log + "".join(p.read_bytes().decode("latin-1") for p in Path("m").rglob("*") if p.is_file())
+    for secret in (CANARY, hub.tokens[0], str(trained), "the cat sat on"):
+        assert secret not in told
+    assert json.loads(Path("m/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
+@pytest.mark.parametrize("found", [CANARY, "/root/secret/model", "https://me:passw0rd@host/x"])
+def test_a_file_with_a_secret_is_refused(found, run, hub, cli_run):
+    path = run / "model/generation_config.json"
+    path.write_text(json.dumps({"a": 1, "note": found}, indent=1))
+    (run / "model/MANIFEST.json").unlink()
+    code, _, log = cli_run("push", "runs/run", "me/m", "--yes")
+    assert (code, "generation_config.json, line 3" in log, found in log) == (2, True, False), log
+    assert not hub.api.repo_exists("me/m")
+
+
+def test_a_chat_template_is_no_secret(tmp_path):
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{%- set bos_token = message['content'] %}</tool_call> a/b <|im_end|> hf_device_map")
+    refuse_secrets(path, path.name)
+
+
+def test_a_broken_model_is_not_pushed(run, hub, cli_run):
+    with (run / "model/model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    code, _, log = cli_run("push", "runs/run", "me/m", "--yes")
+    assert (code, "model.safetensors does not match" in log) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("see /home/me/x/model.bin, please", "see .../model.bin, please"),
+        ("model.name=/a/b/ output=~/runs/x", "model.name=.../b output=.../x"),
+        ("https://huggingface.co/a/b and runs/ner and 3/4", "https://huggingface.co/a/b and runs/ner and 3/4"),
+        (f"token {CANARY}.", "token (hidden)."),
+        ("api_key=abcdefgh1 x", "(hidden) x"),
+    ],
+)
+def test_redaction(text, expected):
+    assert redact(text) == expected
+
+
+# -------------------------------------------------------------------------------------------------- the faults
+
+
+FAULTS = {
+    "part-500-twice": [("PUT /lfs", 500)] * 2,
+    "put-cut": [("PUT /lfs", "cut")],
+    "preupload-429": [("POST /api/models/me/m/preupload", 429)],
+    "commit-503": [("POST /api/models/me/m/commit", 503)],
+    "commit-cut": [("POST /api/models/me/m/commit", "cut")],
+    "commit-answer-lost": [("POST /api/models/me/m/commit", "after")],
+    "create-500": [("POST /api/repos/create", 500)],
+    "create-answer-lost": [("POST /api/repos/create", "after")],
+    "look-503": [("GET /api/models/me/m", 503)],
+    "tag-answer-lost": [("POST /api/models/me/m/tag", "after")],
+    "all-at-once": [("POST /api/repos/create", 500), ("PUT /lfs", "cut"), ("POST /api/models/me/m/commit", 502)],
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+def test_a_passing_fault_leaves_one_whole_commit(faults, run, hub):
+    hub.faults += faults
+    commit = push("runs/run", "me/m", tag="v1", yes=True)
+    assert hub.faults == []
+    assert [c.commit_id for c in visible(hub)] == [commit]
+    assert hub.api.model_info("me/m", revision="v1").sha == commit
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"), [(500, "POST /api/repos/create"), ("cut", "PUT /lfs"), (507, "POST /api/models/me/m/commit")]
+)
+def test_a_lasting_fault_is_one_message_and_nothing_is_visible(kind, call, run, hub, cli_run):
+    hub.faults += [(call, kind)] * 40
+    code, _, log = cli_run("push", "runs/run", "me/m", "--yes")
+    assert code == 2, log
+    assert "Traceback" not in log
+    hub.faults.clear()
+    assert visible(hub) == []
+    assert cli_run("push", "runs/run", "me/m", "--yes")[0] == 0, "and again"
+
+
+def test_who_pushed_meanwhile_is_not_overwritten(run, hub, cli_run, monkeypatch):
+    push("runs/run", "me/m", yes=True)
+    (run / "model/heedful.json").write_text((run / "model/heedful.json").read_text() + "\n")
+    (run / "model/MANIFEST.json").unlink()
+
+    def meanwhile():
+        hub.api.upload_file(repo_id="me/m", path_in_repo="theirs", path_or_fileobj=b"x")
+        return True
+
+    with pytest.raises(UserError, match="somebody else has pushed meanwhile"):
+        push("runs/run", "me/m", ask=meanwhile)
+    assert "theirs" in hub.api.list_repo_files("me/m")
+    assert len(visible(hub)) == 2
+
+
+def test_an_answer_that_was_lost_is_not_taken_for_somebody_elses_push(run, hub):
+    push("runs/run", "me/m", yes=True)
+    shutil.rmtree(run / "adapter")
+    hub.faults += FAULTS["commit-answer-lost"]
+    commit = push("runs/run", "me/m", yes=True)
+    assert visible(hub)[0].commit_id == commit
+    assert len(visible(hub)) == 2
+
+
+def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    hub.faults += [("GET /me/m/resolve/.*model.safetensors", "half")] * 2
+    hub.calls.clear()
+    assert cli_run("pull", "me/m")[0] == 0
+    assert hub.faults == []
+    assert sha256_of(Path("m/model.safetensors")) == sha256_of(run / "model/model.safetensors")
+
+
+def test_bytes_that_decayed_on_the_hub_are_found(run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    object_ = hub.storage.open("models", "me/m").path_of(sha256_of(run / "model/model.safetensors"))
+    good = object_.read_bytes()
+    object_.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, "model.safetensors is not what the hub says" in log, Path("m").exists()) == (2, True, False), log
+    object_.write_bytes(good)
+    assert cli_run("pull", "me/m")[0] == 0, "the cache keeps nothing of it"
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "expected"),
+    [
+        ("hf_wrong", "me/m", "does not take this token"),
+        (1, "me/m", "may not do that"),
+        (0, "nobody", "no repository"),
+        (0, "a/b/c", "no repository"),
+        (0, "me/..", "no name of a repository"),
+    ],
+)
+def test_what_a_hub_refuses_is_said(token, repo, expected, run, hub, cli_run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token if isinstance(token, str) else hub.tokens[token])
+    code, _, log = cli_run("push", "runs/run", repo, "--yes")
+    assert (code, expected in log) == (2, True), log
+
+
+def test_a_hub_that_has_no_xet_is_not_asked_for_it(run, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # as it was read when the library was imported
+    push("runs/run", "me/m", yes=True)
+    assert not any("xet" in call for call in hub.calls)
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(run, hub, cli_run):
+    hub.api.create_repo("me/m")
+    code, _, log = cli_run("push", "runs/run", "me/m", "--private", "--yes")
+    assert (code, "it is there, and public" in log) == (2, True)
+
+
+def test_a_tag_stays_where_it_is(run, hub, cli_run):
+    hub.api.create_repo("me/m")
+    hub.api.create_tag("me/m", tag="v1")
+    code, _, log = cli_run("push", "runs/run", "me/m", "--tag", "v1", "--yes")
+    assert (code, "the tag v1 is elsewhere" in log) == (2, True), log
+
+
+def test_without_a_hub_there_is_one_message(run, hub, cli_run, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for verb in (("push", "runs/run", "me/m", "--yes"), ("pull", "me/m")):
+        code, _, log = cli_run(*verb)
+        assert (code, "no way to the hub http://127.0.0.1:9" in log) == (2, True), log
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in cli_run("pull", "me/m")[2]
+
+
+PUSHING = """
+import os, signal
+from huggingface_hub import HfApi, constants
+from hub import client
+plain = HfApi.create_commit
+def create_commit(self, *given, **words):
+    if {before}: os.kill(os.getpid(), signal.SIGKILL)
+    plain(self, *given, **words)
+    os.kill(os.getpid(), signal.SIGKILL)
+HfApi.create_commit = create_commit
+from pipelines.push import push
+push("runs/run", "me/m", yes=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False])
+def test_a_push_that_is_killed_can_be_made_again(before, run, hub):
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PUSHING.format(before=before)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(visible(hub)) == (0 if before else 1)
+    push("runs/run", "me/m", yes=True)
+    assert len(visible(hub)) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- the card
+
+
+def test_the_card_says_what_the_run_knows(run):
+    known = facts.read("runs/run")
+    text = card(known, "m", hub_id="me/m")
+    assert text == card(facts.read("runs/run/model"), "m", hub_id="me/m")
+    front = ModelCard(text).data
+    assert (front.pipeline_tag, front.library_name, front.model_name) == ("text-classification", "transformers", "m")
+    metrics = json.loads((run / "metrics.json").read_text())
+    told = {(r.dataset_split, r.metric_type): r.metric_value for r in front.eval_results}
+    assert told == {(s, m): v for s in metrics for m, v in metrics[s].items() if m in ("accuracy", "macro_f1", "mcc")}
+    low, high = metrics["test"]["accuracy_ci95"]
+    assert f"| test | accuracy | {metrics['test']['accuracy']:.4f} | {low:.4f} - {high:.4f} |" in text
+    assert "always a" in text
+    assert "12 of the rows (100.00%) stand in both of train and test" in text, "the audit"
+    assert "lora.r: 2" in text
+    assert known.manifest["versions"]["torch"] in text
+    assert known.manifest["data"]["train"] in text
+    assert results_file(known) is None, "a file of one's own is no data set of the Hub"
+
+
+def test_figures_on_data_of_the_hub_are_named_for_it(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"train": "nyu-mll/glue@abc[sst2]:train", "test": "nyu-mll/glue@abc[sst2]:validation"}
+    config["model"] |= {"name": "google-bert/bert-base-cased", "revision": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    known = facts.read("runs/run")
+    front = ModelCard(card(known, "m", hub_id="me/m")).data
+    assert (front.base_model, front.datasets) == ("google-bert/bert-base-cased", ["nyu-mll/glue"])
+    entries = yaml.safe_load(results_file(known))
+    expected = {"id": "nyu-mll/glue", "task_id": "sst2", "revision": "abc"}
+    assert entries[0]["dataset"] == expected
+    assert entries[0]["value"] == known.metrics["test"]["accuracy"]
+    assert "on validation, 95 % interval" in entries[0]["notes"], "the split of the data set, not of the run"
+
+
+def test_another_attention_is_named_with_what_opens_it(run):
+    path = run / "model/config.json"
+    plan = {"variant": "sliding_window", "reach": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_plan": plan}))
+    text = card(facts.read("runs/run"), "m", hub_id="me/m")
+    assert "transformers alone refuses to open it" in text
+    assert '{"reach": 2, "variant": "sliding_window"}' in text
+    assert "from transformers import" not in text
+    assert "attention-sliding_window" in ModelCard(text).data.tags
