@@ -104,7 +104,8 @@ def test_two_killed_processes_resume_bitwise(config, tmp_path):
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_stream_goes_on_to_the_bit(processes, config, tmp_path):
     """36 rows in blocks of 15, 15, 6: five updates a pass. Update 8 lies within a block, 12 at the end of one."""
     streamed = ["data.streaming=true", "data.buffer_size=15"]
@@ -176,6 +177,7 @@ def test_sharded_and_not_two_gpus_learn_the_same(config, tmp_path):
     assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_flipped_byte_in_the_newest_checkpoint_falls_back_and_says_so(config, tmp_path):
     run(config, tmp_path / "whole")
     run(config, tmp_path / "broken", point="update:13")
@@ -220,8 +222,9 @@ def test_sigterm_saves_and_exits_143(config, tmp_path):
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_dies_is_gone_on_with_to_the_bit(processes, config, tmp_path):
     """Of two processes one is killed, and the other must not wait for it."""
     long = ["train.max_steps=60", "train.save_steps=5", "train.eval_steps=30"]
