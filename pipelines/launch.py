@@ -68,7 +68,7 @@ def supervise(arguments: Sequence[str], *, retries: int, folder: Path) -> int:
         tries += 1
         # A former run of this name has checkpoints too, until this one has moved it aside.
         own = any(path.stat().st_mtime > began for path in folder.glob("checkpoints/step-*"))
-        again = "going on from its newest checkpoint" if own else "it had saved nothing yet: beginning anew"
+        again = "going on from its newest checkpoint" if own else "as it began: it had saved nothing new"
         typer.echo(f"the run died (exit code {code}); try {tries} of {retries + 1}, {again}", err=True)
         if own and command[-1] != "resume=auto":
             command.append("resume=auto")

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from attention.seam import CHILD, stored_plan
 from heedful import UserError
+from sources.files import write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 OTHER_ATTENTION = "LORA over an attention of heedful's: take the merged model/ that was saved beside this adapter/"
@@ -99,7 +100,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(folder)
     if stored_plan(model.get_base_model()) is not None:
         path = folder / ADAPTER_CONFIG
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"peft_type": OTHER_ATTENTION}))
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"peft_type": OTHER_ATTENTION})
 
 
 def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
