@@ -320,7 +320,11 @@ def build_trainee(
         epsilon=train.adam_epsilon,
     )
     scheduler = build_scheduler(
-        train.lr_scheduler_type, optimizer, warmup_steps=train.warmup_steps, num_training_steps=total_steps
+        train.lr_scheduler_type,
+        optimizer,
+        warmup_steps=train.warmup_steps,
+        num_training_steps=total_steps,
+        decay_steps=0.2 if train.decay_steps is None else train.decay_steps,
     )
     model = accelerator.prepare_model(model, evaluation_mode=is_sharded(model))  # which wraps in autocast alone
     prepared = accelerator.prepare_optimizer(optimizer)

@@ -167,10 +167,19 @@ class TrainSection(Section):
     """0 does not clip."""
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
     lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
     ] = "linear"
     warmup_steps: float = Field(default=0.0, ge=0)
     """Below 1 a share of all steps, else a number of steps."""
+    decay_steps: float | None = Field(default=None, gt=0)
+    """Steps of decay at the end of ``warmup_stable_decay``, counted as ``warmup_steps`` are; null is a fifth of all."""
     bf16: bool | Literal["auto"] = "auto"
     """bf16 autocast; ``auto`` uses it where the hardware multiplies bf16 natively."""
     activation_checkpointing: bool = False
@@ -211,6 +220,8 @@ class TrainSection(Section):
                 raise ValueError(f"{verb}_strategy={strategy} does not go with {verb}_steps={steps}")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs an eval_strategy")
+        if self.decay_steps is not None and self.lr_scheduler_type != "warmup_stable_decay":
+            raise ValueError(f"decay_steps has no effect with lr_scheduler_type={self.lr_scheduler_type}")
         return self
 
 

@@ -7,6 +7,7 @@ from tiny_families import FAMILIES, make_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from heedful import UserError
 from training.lora import add_lora
 from training.optimizer import build_optimizer, build_scheduler, decays, parameter_groups
 
@@ -113,3 +114,20 @@ def test_linear_with_warmup_by_hand():
     scheduler = build_scheduler("linear", optimizer, warmup_steps=0.2, num_training_steps=10)
     expected = [0.0, 0.5, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     assert rates(optimizer, scheduler, 10) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("decay_steps", "expected"), [(0.2, 5), (8.0, 8)])
+def test_warmup_stable_decay_is_that_of_trainer(decay_steps, expected):
+    one, other = make_optimizer(), make_optimizer()
+    ours = build_scheduler(
+        "warmup_stable_decay", one, warmup_steps=0.1, num_training_steps=25, decay_steps=decay_steps
+    )
+    theirs = transformers.get_wsd_schedule(other, 3, expected, 25)
+    seen = rates(one, ours, 25)
+    assert seen == rates(other, theirs, 25)
+    assert seen.count(0.1) == 25 - 3 - expected + 1
+
+
+def test_stages_longer_than_the_run_are_refused():
+    with pytest.raises(UserError, match="20 steps of warm-up and 5 of decay in a run of 10"):
+        build_scheduler("warmup_stable_decay", make_optimizer(), warmup_steps=20, num_training_steps=10, decay_steps=5)

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
+from heedful import UserError
+
 NO_DECAY = ("bias", "layernorm", "rmsnorm", "norm")
 """Modules and parameters whose last name holds one of these are not decayed, nor is any vector."""
 
@@ -48,11 +50,38 @@ def build_optimizer(
     raise ValueError(name)
 
 
-def build_scheduler(name: str, optimizer: Optimizer, *, warmup_steps: float, num_training_steps: int) -> LRScheduler:
+def build_scheduler(
+    name: str, optimizer: Optimizer, *, warmup_steps: float, num_training_steps: int, decay_steps: float = 0.0
+) -> LRScheduler:
     """The usual schedules, a function of the step alone.
 
     Args:
         warmup_steps: Below 1 a share of all steps, as in TrainingArguments.
+        decay_steps: The same for the end of ``warmup_stable_decay`` (Hu et al. 2024, MiniCPM, section 4); no other
+            schedule reads it.
+
+    Raises:
+        UserError: Warm-up and decay are longer than the run.
     """
-    warmup = ceil(warmup_steps * num_training_steps) if warmup_steps < 1 else int(warmup_steps)
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_training_steps)  # type: ignore[no-any-return]
+    warmup, decay = _steps(warmup_steps, num_training_steps), _steps(decay_steps, num_training_steps)
+    extra = {}
+    if name == "warmup_stable_decay":
+        if warmup + decay > num_training_steps:
+            raise UserError(
+                f"{warmup} steps of warm-up and {decay} of decay in a run of {num_training_steps}",
+                where="train.warmup_steps, train.decay_steps",
+                expected="together no more than the run has",
+            )
+        extra = {"num_decay_steps": decay}
+    return get_scheduler(  # type: ignore[no-any-return]
+        name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=extra,
+    )
+
+
+def _steps(wanted: float, total: int) -> int:
+    """A number of steps, or the share of ``total`` that a number below 1 means, rounded up."""
+    return ceil(wanted * total) if wanted < 1 else int(wanted)
