@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from heedful import UserError
 from hub.storage import MAIN
-from sources.files import MANIFEST, fault, sha256_of, sync, write_whole
+from sources.files import MANIFEST, fault, sha256_of, sync, write_whole, writing
 
 SCHEME = "file://"
 _TAG = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -37,9 +37,9 @@ def folder_of(target: str) -> Path:
     return Path(unquote(split.path))
 
 
-def hashes(folder: Path, revision: str = MAIN) -> dict[str, str] | None:
-    """What a version holds: path -> sha256; None where there is no such version."""
-    version = folder / revision
+def hashes(folder: Path) -> dict[str, str] | None:
+    """What main holds: path -> sha256; None where nothing was pushed yet."""
+    version = folder / MAIN
     if not version.is_dir():
         return None
     files = [path for path in sorted(version.rglob("*")) if path.is_file() and path != version / MANIFEST]
@@ -61,14 +61,12 @@ def put(folder: Path, files: Mapping[str, Path], *, tag: str | None = None) -> s
     """
     if tag is not None and (not _TAG.fullmatch(tag) or tag in (MAIN, "versions")):
         raise UserError(f"no name for a tag: {tag!r}", where="--tag", expected="such as v1")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if {path.name for path in folder.iterdir()} - {".lock"} and not (folder / "versions").is_dir():
             raise UserError("a folder of other things", where=str(folder), expected="a new one, or one of pushes")
         with FileLock(folder / ".lock"):
             return _put(folder, files, tag)
-    except OSError as error:
-        raise UserError(f"can not be written: {error.strerror or error}", where=str(folder)) from error
 
 
 def _put(folder: Path, files: Mapping[str, Path], tag: str | None) -> str:
@@ -110,7 +108,7 @@ def get(folder: Path, revision: str, target: Path) -> None:
     Raises:
         UserError: There is none of this name, or it is not as it was pushed.
     """
-    version = folder / revision
+    version = (folder / revision).resolve()  # what was looked at is what is copied, wherever main is by then
     if not (version / MANIFEST).is_file():
         there = sorted(path.name for path in folder.glob("*") if path.is_symlink())
         raise UserError(f"no version {revision!r}", where=str(folder), expected=f"one of: {', '.join(there) or 'none'}")

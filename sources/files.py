@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from heedful import UserError
 
 MANIFEST = "MANIFEST.json"
 
@@ -62,7 +64,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         share_mode(aside)
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         write_json(aside / MANIFEST, {str(p.relative_to(aside)): sha256_of(p) for p in files})
-        sync(*files, aside / MANIFEST, aside)
+        sync(*aside.rglob("*"), aside)
         if folder.exists():  # kept until the new one stands: a kill in between loses neither
             shutil.rmtree(former, ignore_errors=True)
             folder.rename(former)
@@ -72,6 +74,19 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:  # a full disk is a RuntimeError from torch, an OSError from json, another from safetensors
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what a disk refuses into one message.
+
+    Raises:
+        UserError: For every OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can not be written: {error.strerror or error}", where=str(folder)) from error
 
 
 def fault(folder: Path) -> str | None:
@@ -88,3 +103,10 @@ def fault(folder: Path) -> str | None:
         if sha256_of(folder / name) != expected:
             return f"{name} does not match its hash"
     return None
+
+
+def strays(folder: Path) -> list[str]:
+    """Name what lies in a folder written by ``write_whole`` and came there later."""
+    known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in paths} - {*known, MANIFEST})

@@ -39,6 +39,24 @@ def test_versions_tags_and_the_way_back(tmp_path, given):
         hub.get(shelf, "v9", tmp_path / "none")
 
 
+def test_what_is_copied_out_is_one_version(tmp_path, given, monkeypatch):
+    shelf, plain = tmp_path / "shelf", hub.shutil.copyfile
+    hub.put(shelf, given(a="1", b="1"))
+    later = given(c="2", d="2") | {f"deep/{name}": tmp_path / f"given/{name}2" for name in "ab"}
+    for name in "ab":
+        (tmp_path / f"given/{name}2").write_text("2")
+
+    def copyfile(*paths):
+        monkeypatch.setattr(hub.shutil, "copyfile", plain)
+        hub.put(shelf, later)  # somebody pushes meanwhile
+        return plain(*paths)
+
+    monkeypatch.setattr(hub.shutil, "copyfile", copyfile)
+    hub.get(shelf, "main", tmp_path / "got")
+    assert {p.name: p.read_text() for p in (tmp_path / "got/deep").iterdir()} == {"a": "1", "b": "1"}
+    assert (shelf / "main/deep/a").read_text() == "2"
+
+
 def test_what_was_changed_in_it_is_not_handed_out(tmp_path, given):
     hub.put(tmp_path / "shelf", given(a="1"))
     (tmp_path / "shelf/main/deep/a").write_text("2")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from heedful import UserError
+from sources import files
 from sources.files import fault, write_whole
 from training import checkpoints
 from training.checkpoints import Position, newest_whole, prune
@@ -211,6 +212,19 @@ def test_a_save_that_fails_leaves_the_former_ones(error, tmp_path):
             write_whole(tmp_path / name, fill)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
     assert fault(path) is None
+
+
+def test_all_that_a_folder_holds_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda *paths: synced.extend(p.relative_to(tmp_path).as_posix() for p in paths))
+
+    def fill(aside):
+        (aside / "deep/er").mkdir(parents=True)
+        (aside / "deep/er/a").touch()
+
+    write_whole(tmp_path / "x", fill)
+    below = ("/MANIFEST.json", "/deep", "/deep/er", "/deep/er/a", "")
+    assert sorted(synced) == sorted([".", *(f".tmp-x{name}" for name in below)])
 
 
 KILLED = """
