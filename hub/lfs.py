@@ -8,10 +8,11 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -32,13 +33,11 @@ class Uploads:
 
     piece: int = 64 << 20
     key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+    joining: Lock = field(default_factory=Lock, repr=False)
 
-    def offer(self, repo: Repo, objects: list[dict[str, Any]], base: str) -> dict[str, Any]:
-        """Answer git-lfs's batch call: where to send what is not there yet."""
-        return {
-            "transfer": "basic",
-            "objects": [self._offer_one(repo, str(o["oid"]), int(o["size"]), base) for o in objects],
-        }
+    def offer(self, repo: Repo, objects: Sequence[tuple[str, int]], base: str) -> dict[str, Any]:
+        """Answer git-lfs's batch call, of hashes and sizes: where to send what is not there yet."""
+        return {"transfer": "basic", "objects": [self._offer_one(repo, *object_, base) for object_ in objects]}
 
     def _offer_one(self, repo: Repo, oid: str, size: int, base: str) -> dict[str, Any]:
         found = {"oid": oid, "size": size}
@@ -67,11 +66,12 @@ class Uploads:
         Raises:
             Refused: It was not made here, or too long ago.
         """
-        size, part, until = (int(query.get(name, -1)) for name in ("size", "part", "until"))
-        if (
-            not hmac.compare_digest(self._sign(repo, oid, size, part, until), query.get("sign", ""))
-            or until < time.time()
-        ):
+        try:
+            size, part, until = (int(query.get(name, -1)) for name in ("size", "part", "until"))
+        except ValueError:
+            size = part = until = -1
+        sign = self._sign(repo, oid, size, part, until)
+        if not hmac.compare_digest(sign.encode(), query.get("sign", "").encode()) or until < time.time():
             raise Refused(403, "no address of this hub, or one that is too old")
         return size, part
 
@@ -96,16 +96,17 @@ class Uploads:
             Refused: One of them is not there, or together they are another file.
         """
         size, _ = self.check(repo, oid, query)
-        if repo.size_of(oid) == size:  # asked again, since our answer was lost
-            return
-        folder = repo.incoming(oid)
-        parts = [folder / str(number) for number in range(1, ceil(size / self.piece) + 1)]
-        if missing := [part.name for part in parts if not part.is_file()]:
-            raise Refused(400, f"parts that did not arrive: {', '.join(missing)}")
-        try:
-            repo.keep(_Joined(parts), size=size, sha256=oid)
-        finally:  # of parts that are wrong together, who knows which one is
-            shutil.rmtree(folder)
+        with self.joining:  # a client that is tired of waiting asks again
+            if repo.size_of(oid) == size:
+                return
+            folder = repo.incoming(oid)
+            parts = [folder / str(number) for number in range(1, ceil(size / self.piece) + 1)]
+            if missing := [part.name for part in parts if not part.is_file()]:
+                raise Refused(400, f"parts that did not arrive: {', '.join(missing)}")
+            try:
+                repo.keep(_Joined(parts), size=size, sha256=oid)
+            finally:  # of parts that are wrong together, who knows which one is
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Joined:

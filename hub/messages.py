@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,45 @@ from hub.tokens import Guard, User
 
 LARGEST_CALL = 64 << 20
 """Bytes of JSON that a call may send, or a line of a commit: a file that is not large comes in one."""
+LARGEST_FILE = 1 << 40
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around whatever takes apart what a client says, and nothing else: faults of the hub's own are not the client's.
+
+    Raises:
+        Refused: It is of another shape than the call has.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise Refused(400, f"no such call: {type(error).__name__}") from error
+
+
+def as_text(value: Any) -> str:
+    """Return a text as it is.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
+def as_size(value: Any) -> int:
+    """Return a number of bytes as it is.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: No file has so many.
+    """
+    if not isinstance(value, int):
+        raise TypeError("no number")
+    if not 0 <= value <= LARGEST_FILE:
+        raise ValueError("no size of a file")
+    return value
 
 
 class Body:
@@ -76,21 +116,23 @@ class Request:
         """The repository that the path names."""
         return self.storage.open(self.names["kind"], self.names["repo"])
 
-    def json(self) -> Any:
+    def json(self, *, longest: int = LARGEST_CALL) -> Any:
         """The body of most calls.
 
         Raises:
-            ValueError: It is no JSON.
+            Refused: It is no JSON, or too long.
         """
-        return json.loads(self.content() or b"{}")
+        content = self.content(longest=longest)
+        with reading():
+            return json.loads(content or b"{}")
 
-    def content(self) -> bytes:
+    def content(self, *, longest: int = LARGEST_CALL) -> bytes:
         """The body.
 
         Raises:
             Refused: It is too long.
         """
-        if self.body.left > LARGEST_CALL:
+        if self.body.left > longest:
             raise Refused(413, "too long a call")
         content = b""
         while piece := self.body.read(self.body.left):

@@ -24,10 +24,11 @@ from filelock import Timeout as LockTimeout
 
 from heedful import UserError
 from hub.lfs import Uploads
-from hub.messages import Answer, Body, Request
-from hub.routes import BAD_CALL, ROUTES, Route
-from hub.storage import Refused, Storage
-from hub.tokens import Guard
+from hub.messages import Answer, Body, Request, reading
+from hub.routes import ROUTES, Route
+from hub.storage import KINDS, Refused, Storage
+from hub.tokens import FILE, Guard
+from sources.files import writing
 
 _LOG = logging.getLogger("heedful.hub")
 
@@ -71,9 +72,9 @@ def opened(folder: Path, *, host: str = "127.0.0.1", port: int = 0, uploads: Upl
     """Serve a folder, and no second time; what a kill left in it is cleared first.
 
     Raises:
-        UserError: It is served already, the address can not be had, or others could reach it without a token.
+        UserError: It is served already, the address can not be had, or others could reach it without a token; see also
+            ``prepare``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if Guard(folder).is_open and not _is_loopback(host):
         raise UserError(
             "other machines could read and write everything",
@@ -83,11 +84,10 @@ def opened(folder: Path, *, host: str = "127.0.0.1", port: int = 0, uploads: Upl
         )
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except LockTimeout:
-        raise UserError("another server serves this folder", where=str(folder), fix="use that one, or end it") from None
-    try:
-        Storage(folder).clear()
+        prepare(folder)
+        with writing(folder):
+            _acquire(lock, folder)
+            Storage(folder).clear()
         try:
             hub = Hub(folder, host=host, port=port, uploads=uploads)
         except OSError as error:
@@ -96,6 +96,26 @@ def opened(folder: Path, *, host: str = "127.0.0.1", port: int = 0, uploads: Upl
             yield hub
     finally:
         lock.release()
+
+
+def prepare(folder: Path) -> None:
+    """Make a hub's folder where it is not there.
+
+    Raises:
+        UserError: It can not be made, or holds other things.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        others = {path.name for path in folder.iterdir()} - {".lock", FILE, f".{FILE}", *KINDS}
+    if others and not all((folder / kind).is_dir() for kind in KINDS):
+        raise UserError("a folder of other things", where=str(folder), expected="a new one, or a hub's")
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except LockTimeout:
+        raise UserError("another server serves this folder", where=str(folder), fix="use that one, or end it") from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -123,13 +143,14 @@ class Handler(BaseHTTPRequestHandler):
             words = {"X-Error-Message": re.sub(r"[^ -~]", "?", error.message)}
             code = {"X-Error-Code": error.code} if error.code else {}
             answer = Answer({"error": error.message}, error.status, words | code)
-        except BAD_CALL as error:
-            answer = Answer({"error": f"no such call: {type(error).__name__}"}, 400)
         except (ConnectionError, TimeoutError):
             raise
         except OSError as error:
             _LOG.error("%s", error)
             answer = Answer({"error": f"the hub's disk: {error.strerror}"}, 507)
+        except Exception:  # the hub's own fault, and no reason to end for the others
+            _LOG.exception("%s %s", self.command, self.path.partition("?")[0])
+            answer = Answer({"error": "a fault of the hub: its log says more"}, 500)
         self.send(answer)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
@@ -139,7 +160,8 @@ class Handler(BaseHTTPRequestHandler):
         self._refuse_browsers()
         if "Transfer-Encoding" in self.headers or not self.headers.get("Content-Length", "0").isdecimal():
             raise Refused(411, "the length must be said before")
-        split = urlsplit(self.path)
+        with reading():
+            split = urlsplit(self.path)
         route, names = _find(self.command, split.path)
         base = f"http://{self.headers.get('Host')}"
         user = None if route.needs == "address" else self.server.guard.user(self.headers.get("Authorization"))
@@ -154,6 +176,8 @@ class Handler(BaseHTTPRequestHandler):
             base=base,
             user=user,
         )
+        if route.needs == "token":
+            self.server.guard.check_known(user)
         if route.needs in ("read", "write"):
             self.server.guard.check_read(user, request.repo)
         if route.needs == "write":
@@ -162,7 +186,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _refuse_browsers(self) -> None:
         """A page of the web, open in a browser on this machine, must not reach a hub that asks for no token."""
-        host = urlsplit(f"//{self.headers.get('Host')}").hostname or ""
+        with reading():
+            host = urlsplit(f"//{self.headers.get('Host')}").hostname or ""
         if self.server.guard.is_open and ("Origin" in self.headers or not _is_loopback(host)):
             raise Refused(403, "not for browsers, nor by another name than localhost")
 

@@ -29,7 +29,8 @@ from sources.files import sync
 
 KINDS = ("models", "datasets")
 MAIN = "main"
-_ID = re.compile(r"(?=.{3,96}$)[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_NAME = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?", re.ASCII)
+_LONGEST_ID = 96
 _REF = re.compile(r"(?!.*(\.\.|//|@\{|\.lock(/|$)))[^\s~^:?*\[\\\x00-\x20\x7f./-][^\s~^:?*\[\\\x00-\x20\x7f]*(?<![./])")
 _NO_PATH = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -77,19 +78,16 @@ class File:
 
 @dataclass(frozen=True)
 class Commit:
-    """A whole tree, and where it came from; its id is the hash of all of it."""
+    """A whole tree, and where it came from."""
 
+    id: str
+    """40 hex digits: the hash of all the rest, as it lies on the disk."""
     parent: str | None
     title: str
     message: str
     author: str
     date: str
     files: dict[str, File]
-
-    @property
-    def id(self) -> str:
-        """40 hex digits."""
-        return hashlib.sha1(_json(asdict(self))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,22 @@ def pointer(sha256: str, size: int) -> bytes:
 def large(sha256: str, size: int) -> File:
     """A file as git-lfs has it."""
     return File(sha256, size, git_oid(pointer(sha256, size)), lfs=True)
+
+
+def check_owner(name: str) -> str:
+    """Return the name of who has repositories as it is.
+
+    Raises:
+        Refused: No client would take it.
+    """
+    if not _NAME.fullmatch(name):
+        raise Refused(400, f"no name of an owner: {name!r}")
+    return name
+
+
+def is_ref(name: str) -> bool:
+    """Whether a branch or tag may be called that."""
+    return bool(_REF.fullmatch(name)) and not _COMMIT.fullmatch(name)
 
 
 def check_path(path: str) -> str:
@@ -152,11 +166,10 @@ class Repo:
         path = self.folder / "commits" / f"{id_}.json"
         if not _COMMIT.fullmatch(id_) or not path.is_file():
             raise Refused(404, f"no such revision: {revision}", code="RevisionNotFound")
-        content = json.loads(path.read_bytes())
-        commit = Commit(**content | {"files": {name: File(**file) for name, file in content["files"].items()}})
-        if commit.id != id_:
+        commit = path.read_bytes()
+        if _commit_id(commit) != id_:
             raise Refused(500, f"the commit {id_} was changed on the hub's disk")
-        return commit
+        return _parsed(commit)
 
     def history(self, revision: str) -> Iterator[Commit]:
         """From this commit back to the first."""
@@ -219,12 +232,12 @@ class Repo:
         return folder / name
 
     def commit(
-        self, branch: str, change: Callable[[dict[str, File]], dict[str, File]], *, parent: str | None, **words: str
+        self, branch: str, change: Callable[[dict[str, File]], None], *, parent: str | None, **words: str
     ) -> Commit:
         """Put a changed tree on a branch.
 
         Args:
-            change: Gives the new files for the present ones.
+            change: Makes the new files of a copy of the present ones.
             parent: That the branch must be at; None takes any.
             words: title, message and author.
 
@@ -241,12 +254,12 @@ class Repo:
             head = self.find(branch)
             if parent not in (None, head.id):
                 raise Refused(412, f"the branch {branch} is at {head.id}, and no longer at {parent}")
-            files = change(dict(head.files))
+            files = dict(head.files)
+            change(files)
             _refuse_files_in_files(files)
             if files == head.files:
                 return head
-            made = _commit(head.id, files, **words)
-            self._add(made)
+            made = self._add(head.id, files, **words)
             self._write(replace(state, branches=state.branches | {branch: made.id}))
             return made
 
@@ -261,7 +274,8 @@ class Repo:
             Refused: It is there already, or is not, or is no name.
         """
         with self._lock:
-            refs = dict(getattr(self.state, kind))
+            state = self.state
+            refs = dict(getattr(state, kind))
             if revision is None:
                 if name not in refs or (kind, name) == ("branches", MAIN):
                     raise Refused(
@@ -270,28 +284,32 @@ class Repo:
                 del refs[name]
             elif name in refs:
                 raise Refused(409, f"one of the {kind} is called {name} already")
-            elif not _REF.fullmatch(name) or _COMMIT.fullmatch(name):
+            elif not is_ref(name):
                 raise Refused(400, f"no name for one of the {kind}: {name!r}")
             else:
                 refs[name] = self.find(revision).id
-            self._write(State(**asdict(self.state) | {kind: refs}))
+            changed: dict[str, Any] = {kind: refs}
+            self._write(replace(state, **changed))
 
     def begin(self, *, private: bool, author: str) -> None:
         """Make the folder's content, with an empty first commit."""
         for name in ("commits", "objects", "incoming"):
             (self.folder / name).mkdir(parents=True)
-        first = _commit(None, {}, title="initial commit", message="", author=author)
-        self._add(first)
+        first = self._add(None, {}, title="initial commit", message="", author=author)
         self._write(State(private, {MAIN: first.id}))
 
-    def _add(self, commit: Commit) -> None:
-        self._replace(self.folder / "commits" / f"{commit.id}.json", asdict(commit))
+    def _add(self, parent: str | None, files: Mapping[str, File], **words: str) -> Commit:
+        date = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        tree = {path: vars(file) for path, file in files.items()}
+        content = _json({"parent": parent, "date": date, "files": tree, **words})
+        self._replace(self.folder / "commits" / f"{_commit_id(content)}.json", content)
+        return _parsed(content)
 
     def _write(self, state: State) -> None:
-        self._replace(self.folder / "repo.json", asdict(state))
+        self._replace(self.folder / "repo.json", _json(asdict(state)))
 
-    def _replace(self, path: Path, content: Any) -> None:
-        write_aside(path, _json(content), aside=self.incoming(secrets.token_hex(8)))
+    def _replace(self, path: Path, content: bytes) -> None:
+        write_aside(path, content, aside=self.incoming(secrets.token_hex(8)))
 
 
 class Storage:
@@ -309,8 +327,9 @@ class Storage:
 
     def clear(self) -> None:
         """Delete what a kill left half-arrived or half-deleted. Nobody else may be at work here."""
-        for left in (*self.root.glob("*/*/*/incoming"), *self.root.glob(".aside-*")):
-            shutil.rmtree(left)
+        incoming = [repo.folder / "incoming" for kind in KINDS for repo in self.all(kind)]
+        for left in (*incoming, *self.root.glob(".aside-*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def create(self, kind: str, id_: str, *, private: bool, author: str) -> Repo:
         """Make a repository, whole or not at all.
@@ -351,9 +370,10 @@ class Storage:
         return [Repo(kind, folder.relative_to(self.root / kind).as_posix(), folder, self._lock) for folder in folders]
 
     def _folder(self, kind: str, id_: str) -> Path:
-        if not _ID.fullmatch(id_) or ".." in id_ or "--" in id_ or id_.endswith((".git", ".", "-")):
+        owner, _, name = id_.partition("/")
+        if not _NAME.fullmatch(name) or name.endswith(".git") or len(id_) > _LONGEST_ID:
             raise Refused(400, f"no name of a repository: {id_!r}; such as owner/name")
-        return self.root / kind / id_
+        return self.root / kind / check_owner(owner) / name
 
     @contextmanager
     def _aside(self) -> Iterator[Path]:
@@ -372,9 +392,14 @@ def write_aside(path: Path, content: bytes, *, aside: Path) -> None:
     sync(path.parent)
 
 
-def _commit(parent: str | None, files: Mapping[str, File], *, title: str, message: str, author: str) -> Commit:
-    date = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return Commit(parent, title, message, author, date, dict(sorted(files.items())))
+def _commit_id(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def _parsed(commit: bytes) -> Commit:
+    content = json.loads(commit)
+    files = {path: File(**file) for path, file in content["files"].items()}
+    return Commit(**content | {"id": _commit_id(commit), "files": files})
 
 
 def _refuse_files_in_files(files: Mapping[str, File]) -> None:

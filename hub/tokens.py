@@ -41,16 +41,18 @@ class Guard:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
+        self._closed = self._path.is_file()
 
     @property
     def is_open(self) -> bool:
-        """Whether no token is needed."""
-        return not self._path.is_file()
+        """Whether no token is needed. Once one was it stays so: a file that is gone must not let everybody in."""
+        self._closed = self._closed or self._path.is_file()
+        return not self._closed
 
     def new_token(self, user: User) -> str:
         """Make a token. It is told once: the file holds its hash."""
         token = f"hf_{secrets.token_hex(20)}"
-        known = {} if self.is_open else json.loads(self._path.read_bytes())
+        known = self._known()
         aside = self._path.with_name(f".{FILE}")
         os.close(os.open(aside, os.O_CREAT | os.O_WRONLY, 0o600))
         write_aside(self._path, json.dumps(known | {_hash(token): asdict(user)}, indent=2).encode(), aside=aside)
@@ -65,12 +67,18 @@ class Guard:
         if authorization is None or self.is_open:
             return None
         given = _hash(authorization.removeprefix("Bearer "))
-        found = [
-            user for known, user in json.loads(self._path.read_bytes()).items() if hmac.compare_digest(known, given)
-        ]
+        found = [user for known, user in self._known().items() if hmac.compare_digest(known, given)]
         if not found:
             raise Refused(401, "Invalid credentials in Authorization header")
         return User(**found[0])
+
+    def _known(self) -> dict[str, dict[str, str]]:
+        return json.loads(self._path.read_bytes()) if self._path.is_file() else {}
+
+    def check_known(self, user: User | None) -> None:
+        """Refuse who has no token, where one is needed."""
+        if user is None and not self.is_open:
+            raise Refused(401, "a token is needed: set HF_TOKEN, or `hf auth login`")
 
     def check_read(self, user: User | None, repo: Repo) -> None:
         """Refuse somebody else's private repository, in the words for one that is not there."""
@@ -79,11 +87,8 @@ class Guard:
 
     def check_write(self, user: User | None, owner: str) -> None:
         """Refuse who may not write what this owner has."""
-        if self.is_open:
-            return
-        if user is None:
-            raise Refused(401, "a token is needed: set HF_TOKEN, or `hf auth login`")
-        if not user.may_write(owner):
+        self.check_known(user)
+        if user is not None and not user.may_write(owner):
             raise Refused(403, f"{user.name}, with a token to {user.role}, may not write what {owner} has")
 
 

@@ -10,8 +10,10 @@ from typing import NoReturn
 from rich.console import Console
 
 from heedful import UserError
-from hub.server import opened
+from hub.server import opened, prepare
+from hub.storage import Refused, check_owner
 from hub.tokens import Guard, User
+from sources.files import writing
 
 
 def serve(folder: Path, *, host: str, port: int, console: Console | None = None) -> None:
@@ -37,9 +39,13 @@ def new_token(folder: Path, name: str, *, role: str) -> str:
     """Make a token for the folder's hub; it is told here alone.
 
     Raises:
-        UserError: Nobody can be called that.
+        UserError: Nobody can be called that, or the folder is no hub's.
     """
-    if not name.isidentifier() and not name.replace("-", "_").isidentifier():
-        raise UserError(f"no name for a user: {name!r}", where="--new-token", expected="letters, digits, - and _")
-    folder.mkdir(parents=True, exist_ok=True)
-    return Guard(folder).new_token(User(name, role))
+    try:
+        user = User(check_owner(name), role)
+    except Refused:
+        expected = "letters, digits, -, _ and ., and a repository of theirs could be NAME/model"
+        raise UserError(f"no name for a user: {name!r}", where="--new-token", expected=expected) from None
+    prepare(folder)
+    with writing(folder):
+        return Guard(folder).new_token(user)

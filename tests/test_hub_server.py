@@ -9,12 +9,15 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from hub_server import PIECE, client, hub_on_loopback
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -193,13 +196,15 @@ def test_tokens_let_in_whom_they_name(api, hub, monkeypatch):
     _, yours, reading = hub.tokens
     api.create_repo("me/open")
     api.create_repo("me/secret", private=True)
+    before = hub.storage.open("models", "me/open").state
     for token in (yours, None):
         other = client(monkeypatch, hub, token)
         assert other.model_info("me/open").id == "me/open"
         assert [m.id for m in other.list_models()] == ["me/open"]
         for name, *what in FORBIDDEN:
-            with pytest.raises(HfHubHTTPError):
+            with pytest.raises(HfHubHTTPError) as refused:
                 getattr(other, name)(*what, **EXTRA.get(name, {}))
+            assert refused.value.response.status_code in (401, 403, 404), name
     reader = client(monkeypatch, hub, reading)
     assert reader.model_info("me/secret").private
     with pytest.raises(HfHubHTTPError, match="403"):
@@ -208,6 +213,7 @@ def test_tokens_let_in_whom_they_name(api, hub, monkeypatch):
         client(monkeypatch, hub, "hf_of_another_hub").model_info("me/open")
     assert call(hub, "PUT", "/api/models/me/open", token=yours)[0] == 404
     assert {repo.id for repo in hub.storage.all("models")} == {"me/open", "me/secret"}
+    assert hub.storage.open("models", "me/open").state == before
 
 
 def test_tokens_are_kept_as_hashes(hub, tmp_path):
@@ -259,6 +265,31 @@ def test_the_hubs_own_files_are_not_served(path, hub, api):
     assert call(hub, "GET", path)[0] == 404
 
 
+def test_who_has_no_token_is_not_heard_out(hub):
+    for method, path in (("POST", "/api/repos/create"), ("DELETE", "/api/repos/delete")):
+        assert call(hub, method, path, body="no JSON")[0] == 401
+    assert call(hub, "POST", "/api/validate-yaml", body="x" * (routes.LARGEST_CARD + 1))[0] == 413
+
+
+def test_a_card_is_looked_at_without_a_token_as_the_client_asks(api, hub):
+    ModelCard("---\nlicense: mit\n---\n# x").validate()
+    for front, expected in {"a: [": 400, "a: 2026-02-30": 400, "!!bool x": 400, "[" * 9999: 400, "a: 1": 200}.items():
+        body = json.dumps({"content": f"---\n{front}\n---"})
+        assert call(hub, "POST", "/api/validate-yaml", body=body)[0] == expected
+    body = json.dumps({"content": "---\n" + "- a: [\n" * 20_000 + "\n---"})
+    status, said, _ = call(hub, "POST", "/api/validate-yaml", body=body)
+    assert (status, b"not looked at" in said) == (200, True)
+
+
+def test_a_hub_that_asked_for_tokens_goes_on_to(hub, api, tmp_path):
+    api.create_repo("me/x")
+    (tmp_path / "hub/tokens.json").unlink()
+    asked = ("POST", "/api/models/me/x/tag/main")
+    assert call(hub, *asked, body='{"tag": "v1"}')[0] == 401
+    assert call(hub, *asked, body='{"tag": "v1"}', token=hub.tokens[0])[0] == 401
+    assert api.list_repo_refs("me/x", token=False).tags == []
+
+
 @given(st.text())
 def test_a_path_is_taken_as_it_is_or_refused(path):
     try:
@@ -285,6 +316,56 @@ def test_a_body_of_another_shape_is_a_bad_call(path, body, hub, api):
     before = api.model_info("me/x").sha
     assert call(hub, "POST", f"/api/models/me/x/{path}", token=hub.tokens[0], body=body)[0] in (200, 400)
     assert api.model_info("me/x").sha == before
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 99)
+    | st.just(10**30)
+    | st.sampled_from(["", "a", "/", "\ud800", "0" * 64]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["path", "oid", "size"]), inner),
+    max_leaves=4,
+)
+KEYS = ("key", "value", "path", "content", "oid", "size", "files", "paths", "tag", "startingPoint", "objects", "name")
+SAID = st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1)
+CALLS = (
+    *("commit/main", "preupload/main", "paths-info/main", "tag/main", "branch/b"),
+    *("/lfs/verify/models/me/x", "/me/x.git/info/lfs/objects/batch", "/api/repos/create", "/api/validate-yaml"),
+)
+
+
+@given(path=st.sampled_from(CALLS), key=st.sampled_from((*routes._CHANGES, "header")), said=SAID)
+def test_no_body_is_taken_for_a_fault_of_the_hub(path, key, said, hub):
+    if not hub.storage.all("models"):
+        hub.storage.create("models", "me/x", private=False, author="me")
+    body = json.dumps({"operation": "upload", "key": key, "value": said} | said)
+    path = path if path.startswith("/") else f"/api/models/me/x/{path}"
+    assert call(hub, "POST", path, token=hub.tokens[0], body=body)[0] < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/api/models/me/x/tree/main?limit=x", {}),
+        ("//[", {}),
+        ("/me/x/resolve/main/a", {"Range": f"bytes={'9' * 5000}-"}),
+        (f"/lfs/upload/models/me/x/{'0' * 64}?size=x&sign=%C3%BC", {}),
+    ],
+)
+def test_no_address_is_taken_for_a_fault_of_the_hub(path, headers, hub, api):
+    api.create_repo("me/x")
+    api.create_commit("me/x", [add("a")], commit_message="one")
+    for method in ("GET", "POST"):
+        assert call(hub, method, path, **headers)[0] in (400, 403, 404)
+
+
+def test_a_fault_of_the_hub_is_called_one_and_logged(hub, api, caplog):
+    api.create_repo("me/x")
+    (hub.storage.open("models", "me/x").folder / "repo.json").write_text("{")
+    assert call(hub, "GET", "/api/models/me/x?sign=canary")[0] == 500
+    logged = caplog.records[-1]
+    assert (logged.getMessage(), logged.exc_info[0]) == ("GET /api/models/me/x", json.JSONDecodeError)
 
 
 def offered(hub, content, size=None):
@@ -327,6 +408,36 @@ def test_parts_that_are_wrong_together_are_not_kept(hub, api):
     assert files_in(repo.folder / "objects") == files_in(repo.folder / "incoming") == []
 
 
+@pytest.fixture
+def in_two_parts(hub, api):
+    """A large file whose parts have arrived: the address to join them at, and its content."""
+    api.create_repo("me/x")
+    content = os.urandom(PIECE + 9)
+    address, parts = offered(hub, content)
+    for number, piece in {"1": content[:PIECE], "2": content[PIECE:]}.items():
+        put = urlsplit(parts[number])._replace(scheme="", netloc="").geturl()
+        assert call(hub, "PUT", put, body=piece)[0] == 200
+    return address, content
+
+
+def test_a_file_may_be_joined_twice_at_once(hub, in_two_parts, monkeypatch):
+    address, content = in_two_parts
+    plain, started = Repo.keep, threading.Event()
+
+    def slow(*what, **words):
+        started.set()
+        time.sleep(0.1)
+        return plain(*what, **words)
+
+    monkeypatch.setattr(Repo, "keep", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(call, hub, "POST", address)
+        started.wait(10)
+        second = pool.submit(call, hub, "POST", address)
+        assert [first.result()[0], second.result()[0]] == [200, 200]
+    assert hub.storage.open("models", "me/x").size_of(hashlib.sha256(content).hexdigest()) == len(content)
+
+
 def test_a_hub_without_tokens_is_for_this_machine_alone(tmp_path):
     with pytest.raises(UserError, match="other machines could read"), opened(tmp_path / "hub", host="0.0.0.0"):
         pass
@@ -357,7 +468,7 @@ def commit_and_die(repo, point):
         storage.sync, os.replace = armed(storage.sync), armed(os.replace)
         sha256, size = repo.keep(io.BytesIO(b"new"))
         files = {"a": File(sha256, size, "0" * 40, lfs=False)}
-        repo.commit("main", lambda _: files, parent=None, title="t", message="", author="me")
+        repo.commit("main", lambda there: there.update(files), parent=None, title="t", message="", author="me")
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -408,7 +519,9 @@ def test_a_file_can_not_hold_files(tmp_path):
     repo = Storage(tmp_path).create("models", "me/x", private=False, author="me")
     file = File("0" * 64, 1, "0" * 40, lfs=False)
     with pytest.raises(Refused, match="is a file"):
-        repo.commit("main", lambda _: {"a": file, "a/b": file}, parent=None, title="", message="", author="me")
+        repo.commit(
+            "main", lambda there: there.update({"a": file, "a/b": file}), parent=None, title="", message="", author="me"
+        )
 
 
 def test_a_full_disk_is_said_to_the_client(hub, api, monkeypatch):
@@ -417,6 +530,26 @@ def test_a_full_disk_is_said_to_the_client(hub, api, monkeypatch):
     body = json.dumps({"key": "file", "value": {"path": "a", "content": "eA==", "encoding": "base64"}})
     status, said, _ = call(hub, "POST", "/api/models/me/x/commit/main", token=hub.tokens[0], body=body)
     assert (status, "No space left" in said.decode()) == (507, True)
+
+
+def test_what_is_no_hub_is_left_alone(tmp_path, cli_run):
+    kept = tmp_path / "work/a/b/c/incoming/mine"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("x")
+    for options in ((), ("--new-token", "me")):
+        code, _, log = cli_run("serve-hub", tmp_path / "work", *options)
+        assert (code, "a folder of other things" in log) == (2, True), log
+    for kind in storage.KINDS:  # as somebody may well call folders of theirs
+        (tmp_path / "work" / kind).mkdir()
+    with opened(tmp_path / "work"):
+        assert [p for p in files_in(tmp_path / "work") if p.name != ".lock"] == [kept]
+
+
+def test_a_folder_that_can_not_be_written_is_one_message(tmp_path, cli_run):
+    (tmp_path / "file").touch()
+    for options in ((), ("--new-token", "me")):
+        code, _, log = cli_run("serve-hub", tmp_path / "file/hub", *options)
+        assert (code, "can not be written: Not a directory" in log) == (2, True), log
 
 
 # ------------------------------------------------------------------------------------------------------ the verb
@@ -438,7 +571,9 @@ def test_the_verb_serves_until_it_is_told_to_end(tmp_path, cli_run):
         assert token.strip() not in serving.stderr.read()
     finally:
         serving.kill()
-    assert cli_run("serve-hub", tmp_path / "hub", "--new-token", "../me")[0] == 2
+    for name in ("../me", "café", "a--b", "a..b", "me-", ".me", "a/b", ""):
+        assert cli_run("serve-hub", tmp_path / "hub", "--new-token", name)[0] == 2, name
+    assert cli_run("serve-hub", tmp_path / "hub", "--new-token", "3com")[0] == 0
     assert cli_run("serve-hub", tmp_path / "open", "--host", "0.0.0.0")[0] == 2
 
 
