@@ -35,8 +35,11 @@ SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
+    "decay_steps",
     "optim",
 )
+"""Of ``train``, that have a line of their own; the others share one."""
+FOUR_BITS = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 RESULTS = ".eval_results/heedful.yaml"
 
 
@@ -51,7 +54,7 @@ def card(facts: Facts, name: str, *, hub_id: str | None) -> str:
     sections = {
         "Use": _use(facts, hub_id or "FOLDER"),
         "Results": _results(facts),
-        "Base model": _sources({"base": facts.base} if facts.base else {}),
+        "Base model": _base(facts),
         "Data": _sources(facts.data),
         "Attention": _attention(facts),
         "Training": _training(facts),
@@ -169,6 +172,11 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
+def _base(facts: Facts) -> str:
+    before = [f"- made from: {_source(source)}" for source in facts.inherited]
+    return "\n".join([*([_sources({"base": facts.base})] if facts.base else []), *before])
+
+
 def _sources(sources: Mapping[str, Source]) -> str:
     told: dict[str, list[str]] = {}
     for split, source in sources.items():
@@ -192,10 +200,13 @@ def _attention(facts: Facts) -> str:
 
 
 def _training(facts: Facts) -> str:
-    train, lora = facts.config.get("train") or {}, facts.config.get("lora") or {}
-    values = {name: train[name] for name in SETTINGS if train.get(name) is not None}
-    values |= {f"lora.{name}": lora[name] for name in ("r", "lora_alpha") if lora.get("r") and lora.get(name)}
-    values |= {"seed": facts.config.get("seed"), "max_length": (facts.config.get("model") or {}).get("max_length")}
+    train, lora, model = (facts.config.get(section) or {} for section in ("train", "lora", "model"))
+    values = {name: train.get(name) for name in SETTINGS}
+    values |= {f"lora.{name}": value for name, value in lora.items() if lora.get("r") and value}
+    values |= {f"model.{name}": model.get(name) for name in FOUR_BITS if model.get("load_in_4bit")}
+    values |= {"seed": facts.config.get("seed"), "max_length": model.get("max_length")}
+    rest = (f"{name} {value}" for name, value in train.items() if name not in SETTINGS and value is not None)
+    values["other settings of train"] = ", ".join(rest) or None
     lines = [f"- {name}: {value}" for name, value in values.items() if value is not None]
     if rows := facts.audit.get("rows"):
         lines.append("- rows: " + ", ".join(f"{split} {count:,}" for split, count in rows.items()))

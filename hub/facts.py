@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from heedful import UserError
-from sources.readers import HUB_ID
+from sources.readers import HUB_ID, is_local
 from tasks.saved import read as read_task
 
 
@@ -73,7 +74,13 @@ class Facts:
         if given.get("init") == "scratch" or not given.get("name"):
             return None
         found = self._source(given["name"])
-        return found if found.hub_id is None else Source(**vars(found) | {"revision": given.get("revision")})
+        return found if found.hub_id is None else replace(found, revision=given.get("revision"))
+
+    @property
+    def inherited(self) -> list[Source]:
+        """The other assets behind the model: of its tokenizer, and of the runs that its base model comes from."""
+        named = {source.name for source in (self.base, *self.data.values()) if source is not None}
+        return [_of_asset(asset) for asset in self.manifest.get("assets", []) if asset["name"] not in named]
 
     @property
     def restricted(self) -> list[dict[str, Any]]:
@@ -84,15 +91,25 @@ class Facts:
         path = Path(given)
         for asset in self.manifest.get("assets", []):
             if "assets" in path.parts and asset["name"] in path.parts:
-                known = {name: asset[name] for name in ("license", "terms", "notice", "restricted") if name in asset}
-                language = tuple(asset.get("language", ()))
-                return Source(asset["name"], asset.get("hub_id") or None, language=language, **known)
-        card = next((p / "README.md" for p in (path, path.parent) if (p / "README.md").is_file()), None)
-        if path.exists() or path.is_absolute() or given.startswith((".", "~")) or path.suffix:
+                return _of_asset(asset)
+        if self._is_local(given):
+            card = next((p / "README.md" for p in (path, path.parent) if (p / "README.md").is_file()), None)
             return Source(path.name if path.name != "model" else path.parent.name, **_of_card(card))
         if named := HUB_ID.fullmatch(given):
             return Source(named["name"], named["name"], named["config"], named["revision"], named["split"])
         return Source(given, given)
+
+    def _is_local(self, given: str) -> bool:
+        """As the run found it: what is here by now, and what is not, says nothing. An older run did not write it."""
+        if (local := self.manifest.get("local")) is not None:
+            return given in local
+        folders = (".", "/", "~", "assets/", "runs/", "data/")
+        return is_local(given) or given.startswith(folders) or given.partition("@")[0].count("/") != 1
+
+
+def _of_asset(asset: Mapping[str, Any]) -> Source:
+    known = {name: asset[name] for name in ("license", "terms", "notice", "restricted") if name in asset}
+    return Source(asset["name"], asset.get("hub_id") or None, language=tuple(asset.get("language", ())), **known)
 
 
 def _of_card(card: Path | None) -> dict[str, Any]:

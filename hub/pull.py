@@ -13,7 +13,10 @@ from heedful import UserError
 from hub import folder as shelf
 from hub.client import connect, explained, is_same, listing, retried
 from hub.storage import Refused, check_path
-from sources.files import MANIFEST, fault, write_whole
+from sources.files import MANIFEST, fault, strays, write_whole, writing
+
+OF_A_RUN = ("config.yaml", "manifest.json")
+"""Beside model/, adapter/ and checkpoints/."""
 
 
 def pull(source: str, revision: str, target: Path) -> None:
@@ -25,13 +28,31 @@ def pull(source: str, revision: str, target: Path) -> None:
         target: A new folder, or one that was pulled and not changed since.
 
     Raises:
-        UserError: There is none, it is not what the hub says it holds, or something else is in the way.
+        UserError: There is none, it is not what the hub says it holds, something else is in the way, or the folder can
+            not be written.
     """
-    if target.exists() and (not (target / MANIFEST).is_file() or fault(target)):
-        raise UserError("something else is there", where=str(target), expected="a new folder", fix="name another one")
-    if source.startswith("file:"):
-        shelf.get(shelf.folder_of(source), revision, target)
-        return
+    if target.exists() and (reason := _not_as_pulled(target)):
+        raise UserError(
+            f"something else is there: {reason}", where=str(target), expected="a new folder", fix="name another one"
+        )
+    with writing(target):
+        if source.startswith("file:"):
+            shelf.get(shelf.folder_of(source), revision, target)
+        else:
+            _pull(source, revision, target)
+
+
+def _not_as_pulled(target: Path) -> str | None:
+    """What tells a folder from one that was pulled and not changed since; None where nothing does."""
+    if reason := fault(target):
+        return reason
+    if added := strays(target):
+        return f"{', '.join(added)} came there later"
+    runs = [up for up in target.resolve().parents[:2] if all((up / name).is_file() for name in OF_A_RUN)]
+    return f"the run {runs[0]} made it" if runs else None
+
+
+def _pull(source: str, revision: str, target: Path) -> None:
     api = connect()
     with explained(f"{source}@{revision} on {api.endpoint}"):
         commit = retried(lambda: api.model_info(source, revision=revision)).sha or revision

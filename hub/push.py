@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from heedful import UserError
 from hub import cards
 from hub import folder as shelf
-from hub.client import connect, explained, is_same, listing, retried
+from hub.client import STATUSES, connect, explained, is_same, listing, retried
 from hub.facts import Facts
 from hub.redaction import refuse_secrets
-from hub.storage import MAIN
+from hub.storage import MAIN, is_ref
 from sources.files import MANIFEST, fault, sha256_of
 
 PUSHED = (
@@ -191,13 +191,14 @@ class Repository:
 
     def send(self, files: Mapping[str, Path], *, tag: str | None, message: str) -> str:
         """See ``Destination``."""
+        if tag is not None and not is_ref(tag):
+            raise UserError(f"no name for a tag: {tag!r}", where="--tag", expected="such as v1")
         with explained(self.where):
-            if self._head is None:
-                retried(lambda: self._api.create_repo(self._id, private=self._private, exist_ok=True))
-                self._head = self._look()
-            states = self._compare(files, self._head)
-            commit = self._head or ""
-            if set(states.values()) - {"same"}:
+            states = self._compare(files, self._head) if self._head else self._begin(files)
+            differs, commit = bool(set(states.values()) - {"same"}), self._head or ""
+            if tag is not None and self._at(tag) not in ({None} if differs else {None, commit}):
+                raise self._elsewhere(tag)
+            if differs:
                 commit = retried(
                     lambda: self._commit(files, states, message), between=lambda: self._went_through(files)
                 )
@@ -206,6 +207,15 @@ class Repository:
             if tag is not None:
                 self._tag(tag, commit)
             return commit
+
+    def _begin(self, files: Mapping[str, Path]) -> dict[str, str]:
+        """Make the repository that was not there, and compare as it is then."""
+        retried(lambda: self._api.create_repo(self._id, private=self._private, exist_ok=True))
+        self._head = self._look()
+        states = self._compare(files, self._head)
+        if set(states.values()) - {"new"}:
+            raise UserError(STATUSES[412][0], where=self.where, fix=STATUSES[412][1])
+        return states
 
     def _commit(self, files: Mapping[str, Path], states: Mapping[str, str], message: str) -> str:
         operations = [
@@ -228,8 +238,18 @@ class Repository:
         except HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
-            if retried(lambda: self._api.model_info(self._id, revision=tag)).sha != commit:
-                raise UserError(f"the tag {tag} is elsewhere", where=self.where, fix="take another name") from None
+            if self._at(tag) != commit:
+                raise self._elsewhere(tag) from None
+
+    def _at(self, tag: str) -> str | None:
+        """The commit of a tag; None where there is no such tag."""
+        try:
+            return retried(lambda: self._api.model_info(self._id, revision=tag)).sha
+        except RevisionNotFoundError:
+            return None
+
+    def _elsewhere(self, tag: str) -> UserError:
+        return UserError(f"the tag {tag} is elsewhere", where=self.where, fix="take another name")
 
 
 def _states(same: Mapping[str, bool], there: Any) -> dict[str, str]:

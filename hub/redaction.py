@@ -25,7 +25,7 @@ def refuse_secrets(path: Path, name: str) -> None:
     Raises:
         UserError: Naming the file, and not what was found.
     """
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     for what, found in (
         ("a token or a password", _TOKENS.search(text)),
         ("a path of this machine", _machine_path(text)),

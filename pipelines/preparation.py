@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -23,7 +24,7 @@ from pipelines.config import DataSection, RunConfig
 from sources.assets import ensure, record
 from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect
-from tasks import TASKS
+from tasks import TASKS, saved
 from tasks.protocol import Task
 from training.batches import Batching, Block, BlockStart
 from training.models import supports_bf16
@@ -87,10 +88,21 @@ class _ConsoleHandler(logging.Handler):
 
 
 def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console: Console) -> list[dict[str, Any]]:
-    """Make sure that the assets among these paths lie there, whole; return their records."""
+    """Make sure that the assets among these paths lie there, whole; return their records, and those of the runs that
+    models among them come from: terms stay with what was learned from."""
+    given = [name for name in names if name]
     with accelerator.main_process_first():
-        folders = ensure([name for name in names if name], root=Path.cwd(), say=partial(tell, console))
-    return [content for folder in folders if (content := record(folder)) is not None]
+        folders = ensure(given, root=Path.cwd(), say=partial(tell, console))
+    before = [asset for name in given for asset in _assets_of_run(Path(name))]
+    records = [*before, *(content for folder in folders if (content := record(folder)) is not None)]
+    return list({content["name"]: content for content in records}.values())
+
+
+def _assets_of_run(model: Path) -> list[dict[str, Any]]:
+    manifest = model.resolve().parent / "manifest.json"
+    if not ((model / saved.FILE).is_file() and manifest.is_file()):
+        return []
+    return json.loads(manifest.read_text(encoding="utf-8")).get("assets", [])  # type: ignore[no-any-return]
 
 
 def split_sources(data: DataSection) -> dict[str, str]:

@@ -20,6 +20,7 @@ import yaml
 from heedful import UserError, __version__
 from pipelines.config import RunConfig, validate
 from sources.files import write_json
+from sources.readers import is_local
 from training import checkpoints
 
 PACKAGES = (
@@ -198,7 +199,14 @@ def manifest(
         },
         "data": dict(data),
         "assets": assets,
+        "local": [name for name in _named(config) if is_local(name)],
     }
+
+
+def _named(config: RunConfig) -> list[str]:
+    data, model = config.data, config.model
+    given = (model.name, model.tokenizer, data.train, data.validation, data.test)
+    return [name for name in given if name is not None]
 
 
 def _version(package: str) -> str | None:

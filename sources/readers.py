@@ -349,12 +349,18 @@ def _holds_words(path: Path, columns: Sequence[Column], dialect: Dialect) -> boo
     return words
 
 
+def is_local(source: str) -> bool:
+    """Whether a source, or a model, is a file or a folder here, maybe with the name of a split after it."""
+    before, colon, _ = source.rpartition(":")
+    return Path(source).exists() or bool(colon and Path(before).is_dir())
+
+
 def _locate(source: str) -> tuple[Path | None, str | None]:
     """Path and split of a local source; no path for a data set on the Hub."""
     if Path(source).exists():
         return Path(source), None
-    before, colon, split = source.rpartition(":")
-    if colon and Path(before).is_dir():
+    if is_local(source):
+        before, _, split = source.rpartition(":")
         return Path(before), split
     if HUB_ID.fullmatch(source) and not source.startswith("."):
         return None, None

@@ -19,8 +19,9 @@ from heedful import UserError
 from hub import client as hub_client
 from hub import facts
 from hub.cards import card, results_file
+from hub.push import pack
 from hub.redaction import redact, refuse_secrets
-from pipelines.config import load
+from pipelines.config import TrainSection, load
 from pipelines.finetune import finetune
 from pipelines.push import push
 from sources.files import fault, sha256_of
@@ -157,6 +158,29 @@ def test_a_pull_leaves_what_is_somebody_elses(run, hub, cli_run):
     assert [p.name for p in Path("m").iterdir()] == ["mine"]
     assert cli_run("pull", "me/m", "n")[0] == 0
     assert cli_run("pull", "me/m", "n")[0] == 0, "as it was pulled: it may be replaced"
+    Path("n/answers.jsonl").write_text("mine")
+    code, _, log = cli_run("pull", "me/m", "n")
+    assert (code, "answers.jsonl came there later" in log) == (2, True), log
+    assert Path("n/answers.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("made", ["model", "adapter", "checkpoints/step-2"])
+def test_a_pull_leaves_what_a_run_made(made, run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    assert fault(run / made) is None
+    before = sha256_of(run / made / "MANIFEST.json")
+    code, _, log = cli_run("pull", "me/m", run / made)
+    assert (code, "something else is there: the run" in log) == (2, True), log
+    assert sha256_of(run / made / "MANIFEST.json") == before
+
+
+def test_a_pull_into_what_can_not_be_written_is_one_message(run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    push("runs/run", (where := Path("shelf").absolute().as_uri()), yes=True)
+    Path("file").touch()
+    for source in ("me/m", where):
+        code, _, log = cli_run("pull", source, "file/m")
+        assert (code, "can not be written" in log) == (2, True), log
 
 
 # ----------------------------------------------------------------------------------------- what must not go out
@@ -177,6 +201,23 @@ def test_terms_stand_against_it_until_they_are_accepted(run, hub, cli_run):
     text = hub.api.hf_hub_download("me/m", "README.md")
     assert "research alone" in Path(text).read_text()
     assert ModelCard.load(text).data.license == "other"
+
+
+def test_terms_go_from_run_to_run(run, hub, cli_run):
+    asset = {"name": "conll2003", "license": "other", "terms": "research alone", "restricted": True, "language": ["en"]}
+    change_manifest(run, assets=[asset])
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"output_dir": "runs/next", "lora": {}}
+    config["model"]["name"] = "runs/run/model"
+    Path("rows.csv").write_text(ROWS)
+    Path("next.yaml").write_text(yaml.safe_dump(config))
+    finetune(load(Path("next.yaml"), []))
+    code, _, log = cli_run("push", "runs/next", "me/m", "--yes")
+    assert (code, "conll2003: research alone" in log) == (2, True), log
+    assert hub.calls == []
+    text = card(facts.read("runs/next"), "m", hub_id="me/m")
+    assert "- base: `run`" in text
+    assert "- made from: `conll2003`, license other. research alone" in text
+    assert ModelCard(text).data.license == "other"
 
 
 def test_a_model_without_its_run_is_asked_about(run, hub, tmp_path, cli_run):
@@ -211,6 +252,15 @@ def test_a_file_with_a_secret_is_refused(found, run, hub, cli_run):
     code, _, log = cli_run("push", "runs/run", "me/m", "--yes")
     assert (code, "generation_config.json, line 3" in log, found in log) == (2, True, False), log
     assert not hub.api.repo_exists("me/m")
+
+
+def test_a_license_in_another_encoding_is_looked_at_all_the_same(tmp_path):
+    path = tmp_path / "LICENSE"
+    path.write_bytes("© Universität".encode("latin-1"))
+    refuse_secrets(path, path.name)
+    path.write_bytes(f"© Universität {CANARY}".encode("latin-1"))
+    with pytest.raises(UserError, match="a token"):
+        refuse_secrets(path, path.name)
 
 
 def test_a_chat_template_is_no_secret(tmp_path):
@@ -296,6 +346,18 @@ def test_who_pushed_meanwhile_is_not_overwritten(run, hub, cli_run, monkeypatch)
     assert len(visible(hub)) == 2
 
 
+def test_who_made_the_repository_meanwhile_is_not_overwritten(run, hub):
+    def meanwhile():
+        hub.api.create_repo("me/m")
+        hub.api.upload_file(repo_id="me/m", path_in_repo="config.json", path_or_fileobj=b"{}")
+        return True
+
+    with pytest.raises(UserError, match="somebody else has pushed meanwhile"):
+        push("runs/run", "me/m", ask=meanwhile)
+    assert hub.api.list_repo_files("me/m") == ["config.json"]
+    assert len(visible(hub)) == 1
+
+
 def test_an_answer_that_was_lost_is_not_taken_for_somebody_elses_push(run, hub):
     push("runs/run", "me/m", yes=True)
     shutil.rmtree(run / "adapter")
@@ -358,6 +420,16 @@ def test_a_tag_stays_where_it_is(run, hub, cli_run):
     hub.api.create_tag("me/m", tag="v1")
     code, _, log = cli_run("push", "runs/run", "me/m", "--tag", "v1", "--yes")
     assert (code, "the tag v1 is elsewhere" in log) == (2, True), log
+    assert visible(hub) == []
+    commit = push("runs/run", "me/m", tag="v2", yes=True)
+    assert push("runs/run", "me/m", tag="v2", yes=True) == commit, "it is there already"
+    with pytest.raises(UserError, match="the tag v1 is elsewhere"):
+        push("runs/run", "me/m", tag="v1", yes=True)
+
+
+def test_a_tag_that_can_not_be_is_refused_before_anything_is_sent(run, hub, cli_run):
+    code, _, log = cli_run("push", "runs/run", "me/m", "--tag", "a..b", "--yes")
+    assert (code, "no name for a tag" in log, hub.api.repo_exists("me/m")) == (2, True, False), log
 
 
 def test_without_a_hub_there_is_one_message(run, hub, cli_run, monkeypatch):
@@ -430,6 +502,52 @@ def test_figures_on_data_of_the_hub_are_named_for_it(run):
     assert entries[0]["dataset"] == expected
     assert entries[0]["value"] == known.metrics["test"]["accuracy"]
     assert "on validation, 95 % interval" in entries[0]["notes"], "the split of the data set, not of the run"
+
+
+@pytest.mark.parametrize(
+    ("given", "local", "expected"),
+    [
+        ("Qwen/Qwen2.5-0.5B", [], "Qwen/Qwen2.5-0.5B"),
+        ("gpt2", [], "gpt2"),
+        ("my/gone-base", ["my/gone-base"], None),
+        ("runs/mlm/model", ["runs/mlm/model"], None),
+        ("mistralai/Mistral-7B-v0.1", None, "mistralai/Mistral-7B-v0.1"),
+        ("runs/mlm", None, None),
+        ("a/gone/base", None, None),
+        ("/gone", None, None),
+    ],
+)
+def test_a_base_is_of_the_hub_where_the_run_found_it_there(given, local, expected, run, tmp_path):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {"name": given, "revision": "abc"}
+    config["data"]["train"] = "me/data-v1.0:train"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    change_manifest(run, local=local)
+    known = facts.read("runs/run")
+    assert known.base.hub_id == expected
+    assert ModelCard(card(known, "m", hub_id="me/m")).data.base_model == expected
+    assert known.data["train"].hub_id == "me/data-v1.0"
+    packed = pack(known, "m", hub_id="me/m", staging=tmp_path / "staging").files["adapter/adapter_config.json"]
+    assert json.loads(packed.read_text())["base_model_name_or_path"] == (expected or known.base.name)
+
+
+def test_a_run_says_what_it_found_here(run, trained):
+    local = json.loads((run / "manifest.json").read_text())["local"]
+    assert local == [f"{trained}/base", f"{trained}/rows.csv", "rows.csv", "rows.csv"]
+
+
+def test_the_card_names_every_setting_of_the_training(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    train = TrainSection.model_fields
+    config["train"] = {name: f"changed-{name}" for name in train}
+    config["model"] |= {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    config["lora"] |= {"use_dora": True, "target_modules": ["query"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = card(facts.read("runs/run"), "m", hub_id="me/m")
+    assert [name for name in train if f"changed-{name}" not in text] == []
+    assert "- model.load_in_4bit: True\n- model.bnb_4bit_quant_type: fp4" in text
+    assert "- lora.use_dora: True" in text
+    assert "- lora.target_modules: ['query']" in text
 
 
 def test_another_attention_is_named_with_what_opens_it(run):
