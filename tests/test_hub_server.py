@@ -536,9 +536,10 @@ def test_what_is_no_hub_is_left_alone(tmp_path, cli_run):
     kept = tmp_path / "work/a/b/c/incoming/mine"
     kept.parent.mkdir(parents=True)
     kept.write_text("x")
-    for options in ((), ("--new-token", "me")):
-        code, _, log = cli_run("serve-hub", tmp_path / "work", *options)
-        assert (code, "a folder of other things" in log) == (2, True), log
+    code, _, log = cli_run("serve-hub", tmp_path / "work", "--new-token", "me")
+    assert (code, "a folder of other things" in log) == (2, True), log
+    with pytest.raises(UserError, match="a folder of other things"), opened(tmp_path / "work"):
+        pass
     for kind in storage.KINDS:  # as somebody may well call folders of theirs
         (tmp_path / "work" / kind).mkdir()
     with opened(tmp_path / "work"):
