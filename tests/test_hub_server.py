@@ -273,7 +273,7 @@ def test_who_has_no_token_is_not_heard_out(hub):
 
 def test_a_card_is_looked_at_without_a_token_as_the_client_asks(api, hub):
     ModelCard("---\nlicense: mit\n---\n# x").validate()
-    for front, expected in {"a: [": 400, "a: 2026-02-30": 400, "!!bool x": 400, "[" * 9999: 400, "a: 1": 200}.items():
+    for front, expected in {"a: [": 400, "a: 2026-02-30": 400, "!!bool x": 400, "[" * 2000: 400, "a: 1": 200}.items():
         body = json.dumps({"content": f"---\n{front}\n---"})
         assert call(hub, "POST", "/api/validate-yaml", body=body)[0] == expected
     body = json.dumps({"content": "---\n" + "- a: [\n" * 20_000 + "\n---"})
