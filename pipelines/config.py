@@ -393,7 +393,7 @@ def _refuse_secrets(values: dict[str, Any], *, where: str) -> None:
             f"a token or a password in {', '.join(keys)}",
             where=where,
             expected="settings without secrets",
-            fix="put it into the environment, HF_TOKEN or WANDB_API_KEY, or use `hf auth login` or `wandb login`",
+            fix="take it out: tokens belong into HF_TOKEN and WANDB_API_KEY, or `hf auth login` and `wandb login`",
         )
 
 

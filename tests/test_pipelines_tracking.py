@@ -193,6 +193,15 @@ def test_what_would_send_a_local_run_away_is_refused(tmp_path, monkeypatch):
         tracking.open_sinks({"trackio": "offline"}, **given)
 
 
+def test_online_without_a_key_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"project": "p", "folder": tmp_path / "run", "history": tmp_path / "none", "config": {}}
+    with pytest.raises(tracking.UserError) as caught:
+        tracking.open_sinks({"wandb": "online"}, **given)
+    assert "WANDB_API_KEY" in caught.value.fix
+
+
 @pytest.mark.slow
 def test_two_processes_online_are_one_run_without_a_token(tmp_path, monkeypatch):
     """The main process records; no command line holds what the environment does; nobody is left."""

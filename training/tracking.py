@@ -173,14 +173,14 @@ def open_sinks(
         values = json.loads(line)
         step = values.pop("step")
         for sink in sinks:
-            sink.log(dict(values), step=step)
+            sink.log(values, step=step)
     return sinks
 
 
 def _open_wandb(project: str, folder: Path, config: dict[str, Any], mode: str) -> Sink:
     import wandb
 
-    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb"))  # logs of its service, else in the home folder
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder.absolute() / "wandb"))  # logs of its service, else in the home folder
     # Output and metadata may hold secrets: metadata is the command line, paths, and where git pushes to.
     settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True, program="heedful")
     tracker = WandBTracker(project, name=folder.name, dir=str(folder), mode=mode, config=config, settings=settings)
