@@ -66,6 +66,7 @@ def wandb_on_loopback():
     """Yields the server: its ``runs`` by id, and all that it has ``seen``; wandb reads its ``url``."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.runs, server.seen, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
+        server.handle_error = lambda *_: None  # wandb hangs up as it ends
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

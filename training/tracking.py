@@ -180,7 +180,8 @@ def open_sinks(
 def _open_wandb(project: str, folder: Path, config: dict[str, Any], mode: str) -> Sink:
     import wandb
 
-    os.environ.setdefault("WANDB_CACHE_DIR", str(folder.absolute() / "wandb"))  # logs of its service, else in the home folder
+    # The logs of its service would lie in the home folder.
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder.absolute() / "wandb"))
     # Output and metadata may hold secrets: metadata is the command line, paths, and where git pushes to.
     settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True, program="heedful")
     tracker = WandBTracker(project, name=folder.name, dir=str(folder), mode=mode, config=config, settings=settings)
