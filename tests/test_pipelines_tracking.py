@@ -254,4 +254,4 @@ def watched(process, lines, seen):
                 lines.add(" ".join(child.cmdline()))
         except psutil.NoSuchProcess:
             continue
-        time.sleep(0.05)
+        time.sleep(0.2)
