@@ -157,8 +157,10 @@ def require_installed(trackers: Mapping[str, str]) -> None:
 def open_sinks(
     trackers: Mapping[str, str], *, project: str, folder: Path, history: Path, config: dict[str, Any]
 ) -> tuple[Sink, ...]:
-    """Open the trackers, each with what history.jsonl holds already: whatever a killed run recorded beyond its
-    checkpoint is gone from there, and so no step stands twice anywhere. No tracker could take it back by itself.
+    """Open the trackers, each with what history.jsonl holds already.
+
+    Whatever a killed run recorded beyond its checkpoint is gone from there, and so no step stands twice anywhere: wandb
+    and trackio could not take it back.
 
     Args:
         trackers: By name, ``wandb``, ``tensorboard`` or ``trackio``, how: ``offline`` or ``online``.
