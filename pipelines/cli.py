@@ -280,19 +280,19 @@ def _run() -> int:
         if not _is_main():
             # Where the main process meets the same fault, torchrun ends this one meanwhile: one message in all.
             time.sleep(3)
-        Console(stderr=True, soft_wrap=True, emoji=False).print(
-            f"[bold red]error[/]\n{_escape(error)}", highlight=False
-        )
+        Console(stderr=True, soft_wrap=True, emoji=False).print(f"[bold red]error[/]\n{_shown(error)}", highlight=False)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _escape(error: UserError) -> str:
+def _shown(error: UserError) -> str:
     from rich.markup import escape
 
-    return escape(str(error))
+    from hub.redaction import hide
+
+    return escape(hide(str(error)))
 
 
 def _is_main() -> bool:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from attention import is_exact
 from attention.options import Plan
 from heedful import UserError
+from hub.redaction import hide, secret_keys
 from tasks import TASKS
 from tasks.options import Options, Settings
 
@@ -273,10 +274,13 @@ class TransferSection(Section):
 
 
 class TrackingSection(Section):
-    """Where the figures go beside history.jsonl."""
+    """Where the figures go beside history.jsonl; see docs/tracking.md."""
 
     wandb: Literal["off", "offline", "online"] = "off"
+    tensorboard: bool = False
+    trackio: bool = False
     project: str = "heedful"
+    """What wandb and trackio put the run under; there it has the name of its folder."""
 
     @model_validator(mode="before")
     @classmethod
@@ -285,6 +289,16 @@ class TrackingSection(Section):
         if isinstance(values, dict) and values.get("wandb") is False:
             values = {**values, "wandb": "off"}
         return values
+
+    @property
+    def trackers(self) -> dict[str, str]:
+        """What is switched on, and how."""
+        modes: dict[str, str] = {
+            "wandb": self.wandb,
+            "tensorboard": "offline" if self.tensorboard else "off",
+            "trackio": "offline" if self.trackio else "off",
+        }
+        return {name: mode for name, mode in modes.items() if mode != "off"}
 
 
 class RunConfig(Section):
@@ -352,8 +366,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``a.b=value`` overrides, and validate.
 
     Raises:
-        UserError: With every fault found, each with its key, its value, what is allowed and the nearest known key.
+        UserError: With every fault found, each with its key, its value, what is allowed and the nearest known key; or
+            with the keys of what looks like a token, before any value is shown.
     """
+    _refuse_secrets({"the path of the file": str(path)}, where=hide(str(path)))
     raw = _read_yaml(Path(path))
     raw.setdefault("output_dir", f"runs/{Path(path).stem}")
     return override(raw, overrides, where=str(path))
@@ -361,10 +377,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def override(raw: dict[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig:
     """Apply ``a.b=value`` overrides to plain values, and validate; see ``load``."""
+    _refuse_secrets(raw, where=where)
+    for key, _, text in (assignment.partition("=") for assignment in overrides):
+        _refuse_secrets({key: text}, where="the command line")
     _refuse_undone(overrides)
     for assignment in overrides:
         _apply(raw, assignment)
     return validate(raw, where=where)
+
+
+def _refuse_secrets(values: dict[str, Any], *, where: str) -> None:
+    """A configuration is kept beside the model, shown, and handed to other processes on their command line."""
+    if keys := list(secret_keys(values)):
+        raise UserError(
+            f"a token or a password in {', '.join(keys)}",
+            where=where,
+            expected="settings without secrets",
+            fix="take it out: tokens belong into HF_TOKEN and WANDB_API_KEY, or `hf auth login` and `wandb login`",
+        )
 
 
 def _refuse_undone(overrides: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from heedful import UserError
+from hub.redaction import redacted
 from pipelines import building, runs
 from pipelines.baselines import described, merged, score_baselines, score_before_training
 from pipelines.config import RunConfig
@@ -52,7 +53,7 @@ from training.export import export
 from training.loop import Trainee, train
 from training.models import Loaded
 from training.sharding import is_sharded
-from training.tracking import Tracker, truncate_history, wandb_sinks
+from training.tracking import Tracker, open_sinks, require_installed, truncate_history
 
 NOT_A_SCORE = ("best_f1_thresh",)
 """Metrics that are neither better when greater nor when less."""
@@ -88,6 +89,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     be_deterministic(config.seed)
     run = Run(Path(config.output_dir))
     run.require_writable()
+    require_installed(config.tracking.trackers)
     batching = building.build_batching(config, accelerator)
     checkpoint = runs.find_checkpoint(run, config, say=partial(tell, console))
     data = prepare(config, accelerator, console)
@@ -133,6 +135,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
         blocks = stream_blocks(config, task, data.sources["train"], batching, position.block)
     else:
         blocks = epochs(features["train"], batching, step=position.step)
+    tracker = build_tracker(run, config, trainee, console)
     position = train(
         trainee,
         blocks,
@@ -140,9 +143,10 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
         schedule=schedule,
         evaluate=lambda: score("validation"),
         folder=run.checkpoints,
-        tracker=build_tracker(run, config, trainee, console),
+        tracker=tracker,
         position=position,
     )
+    tracker.close()
     best = run.checkpoints / f"step-{position.best_step or position.step}"
     checkpoints.load_model(best, trainee.bare_model)
     metrics = {split: score(split, intervals=True) for split in features if split != "train"}
@@ -278,17 +282,16 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
 
 def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Console) -> Tracker:
     """The main process's tracker; the others' record nothing."""
-    main = trainee.accelerator.is_main_process
-    return Tracker(
-        run.history if main else None,
-        console,
-        log_every=config.train.logging_steps,
-        sinks=wandb_sinks(
-            config.tracking.wandb, project=config.tracking.project, folder=run.folder, config=config.to_dict()
-        )
-        if main
-        else (),
+    if not trainee.accelerator.is_main_process:
+        return Tracker(None, console, log_every=config.train.logging_steps)
+    sinks = open_sinks(
+        config.tracking.trackers,
+        project=config.tracking.project,
+        folder=run.folder,
+        history=run.history,
+        config=redacted(config.to_dict()),
     )
+    return Tracker(run.history, console, log_every=config.train.logging_steps, sinks=sinks)
 
 
 def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset, best: Path) -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from heedful import UserError, __version__
+from hub.redaction import hide
 from pipelines.config import RunConfig, validate
 from sources.files import write_json
 from training import checkpoints
@@ -186,7 +187,7 @@ def manifest(
         "task": config.task,
         "seed": config.seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": hide(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_clean": _git("status", "--porcelain") == "",
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},

@@ -696,12 +696,6 @@ def test_predict_refuses_a_mistyped_file_and_takes_a_long_text(project, cli_run)
     assert cli_run("predict", "runs/run", "the cat " * 200)[0] == 0
 
 
-def test_wandb_offline_records_the_run(project, cli_run):
-    code, _, log = cli_run("finetune", "run.yaml", "tracking.wandb=offline")
-    assert code == 0, log
-    assert list(Path("runs/run/wandb").glob("offline-run-*/run-*.wandb"))
-
-
 @pytest.mark.parametrize(
     ("given", "code"),
     [
