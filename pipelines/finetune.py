@@ -175,7 +175,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     for split in rows:
         task.check(rows[split], where=sources[split])
     loaded = building.load_base(config, task)
-    features = {split: encode(task, rows[split], training=split == "train") for split in rows}
+    features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
     audited = audit(
         rows,
         columns=TASKS[config.task].columns,
@@ -255,8 +255,14 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
             say(f"the former {run.folder} is now {former}")
         return Position(world_size=accelerator.num_processes, data=data)
     # First, since other data may bring another table of words: shapes would be said to differ, which is no help.
-    if checkpoints.read_position(path).data != data:
-        raise UserError("the data changed since this checkpoint", where=str(path), fix="resume=none starts anew")
+    former = checkpoints.read_position(path).data
+    if changed := [split for split in {**former, **data} if former.get(split) != data.get(split)]:
+        raise UserError(
+            f"the data changed since this checkpoint: {', '.join(changed)}",
+            where=str(path),
+            expected="the files as they were",
+            fix="put them back, or start anew with resume=none",
+        )
     position = checkpoints.load(
         path, model=trainee.bare_model, optimizer=trainee.optimizer.optimizer, scheduler=trainee.scheduler
     )

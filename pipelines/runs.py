@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from heedful import UserError, __version__
-from pipelines.config import RunConfig, validate
+from pipelines.config import RunConfig, read_yaml, validate
 from sources.files import write_json
 from training import checkpoints
 
@@ -87,6 +87,10 @@ class Run:
         Raises:
             UserError: The folder can not be made, or not be written to.
         """
+        if not self.folder.absolute().name or self.folder.resolve() == Path.cwd():
+            raise UserError(
+                "a run's folder that is this one", where=f"output_dir={self.folder}", expected="a folder of its own"
+            )
         try:
             nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
             with TemporaryDirectory(dir=nearest):
@@ -155,7 +159,7 @@ def _refuse_other_settings(stored: Path, config: RunConfig) -> None:
     """A run that goes on with other settings would be neither of the two."""
     if not stored.is_file():
         raise UserError("no config.yaml beside the checkpoints", where=str(stored))
-    former = validate(yaml.safe_load(stored.read_text(encoding="utf-8")), where=str(stored))  # of an older version, too
+    former = validate(read_yaml(stored), where=str(stored))  # of an older version, too
     before, now = _flat(former.to_dict()), _flat(config.to_dict())
     keys = sorted({*before, *now})
     changed = [

@@ -158,9 +158,18 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRSch
 
 
 def read_position(path: Path) -> Position:
-    """Where the run stood when it wrote this checkpoint."""
+    """Where the run stood when it wrote this checkpoint.
+
+    Raises:
+        UserError: Another version wrote it, that knew other things of a run.
+    """
     stored = json.loads((path / "position.json").read_text())
-    return Position(**stored | {"block": BlockStart(**stored["block"])})
+    try:
+        return Position(**stored | {"block": BlockStart(**stored["block"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"position.json of another version of heedful: {error}", where=str(path), fix="resume=none starts anew"
+        ) from None
 
 
 def load_model(path: Path, model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -82,7 +83,7 @@ def load_tokenizer(
     """
     _refuse_absent(name, expected="a folder with a tokenizer, or a Hub id" if not own else MODEL_FOLDER)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code) if own else None
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+    if os.path.isdir(name) and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(
             f"a {'model ' * own}folder without tokenizer files",
             where=name,
@@ -93,7 +94,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, **kwargs
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of a broken file, whatever Python or the tokenizers library makes of it
         raise UserError(f"no tokenizer could be loaded: {_first_line(error)}", where=name) from error
     vocab_size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
     if vocab_size is not None and len(tokenizer) > vocab_size:
@@ -130,7 +131,7 @@ def load_model(
         UserError: No such model, broken weights, NaN in the weights, a head for other labels, a tokenizer with
             other ids for the model's special tokens, or a model that can have no more positions.
     """
-    if (Path(name) / MANIFEST).is_file() and (reason := fault(Path(name))):
+    if os.path.isfile(Path(name) / MANIFEST) and (reason := fault(Path(name))):
         raise UserError(f"broken model folder: {reason}", where=name, fix="fetch or train it again")
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_no_weights(name)
@@ -225,20 +226,30 @@ def _read_tensors(name: str, keys: Sequence[str], *, revision: str | None) -> di
     return tensors
 
 
-def _from_pretrained(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(
+    auto_class: Any, name: str, *, ignore_mismatched_sizes: bool, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    as_it_is = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     with quiet():
         try:
-            return auto_class.from_pretrained(  # type: ignore[no-any-return]
-                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **kwargs
-            )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"the model could not be loaded: {_first_line(error)}", where=name) from error
-        except Exception as error:  # safetensors raises its own SafetensorError, a plain Exception
-            if type(error).__name__ != "SafetensorError":
-                raise
+            # Other sizes are refused below: transformers names them in the report alone, which is hushed.
+            model, info = auto_class.from_pretrained(name, ignore_mismatched_sizes=True, **as_it_is, **kwargs)
+        except Exception as error:  # of a broken file, whatever Python or safetensors makes of it
+            broken = type(error).__name__ == "SafetensorError"
             raise UserError(
-                f"broken safetensors file: {_first_line(error)}", where=name, fix="fetch it again"
+                f"{'broken safetensors file' if broken else 'the model could not be loaded'}: {_first_line(error)}",
+                where=name,
+                fix="fetch it again" if broken else "",
             ) from error
+    if info["mismatched_keys"] and not ignore_mismatched_sizes:
+        key, held, wanted = min(info["mismatched_keys"])
+        raise UserError(
+            f"weights of other shapes than config.json says: {key} is {tuple(held)}",
+            where=name,
+            expected=str(tuple(wanted)),
+            fix="fetch it again",
+        )
+    return model, info
 
 
 def _with_its_body(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -329,7 +340,7 @@ def empty_model(name: str, *, revision: str | None = None, trust_remote_code: bo
 def _from_config(make: Callable[..., Any], config: PreTrainedConfig, *, where: str) -> PreTrainedModel:
     try:
         model: PreTrainedModel = make(config, dtype=torch.float32)
-    except (ValueError, ImportError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # whatever its class makes of sizes that do not go together
         raise UserError(f"the model could not be made: {_first_line(error)}", where=where) from error
     return model.eval()
 
@@ -439,7 +450,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     _refuse_absent(name, expected=MODEL_FOLDER)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of a broken file, whatever Python or transformers makes of it
         raise UserError(
             f"no model configuration could be loaded: {_first_line(error)}",
             where=name,
@@ -449,7 +460,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def _refuse_no_weights(name: str) -> None:
-    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+    if os.path.isdir(name) and not any(Path(name).glob("*.safetensors")):
         raise UserError(
             "a model folder without safetensors, the only weights that are read",
             where=name,
@@ -460,7 +471,7 @@ def _refuse_no_weights(name: str) -> None:
 
 def _refuse_absent(name: str, *, expected: str) -> None:
     """What looks like a path and is none must not be asked for on the Hub."""
-    if name.startswith((".", "/", "~", "assets/", "runs/")) and not Path(name).is_dir():
+    if name.startswith((".", "/", "~", "assets/", "runs/")) and not os.path.isdir(name):
         raise UserError("no such model folder", where=name, expected=expected)
 
 
@@ -530,7 +541,9 @@ def _some(labels: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = " ".join(str(error).split(":\n")).strip().splitlines()[:1]
+    in_words = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return said[0] if said and in_words else ": ".join([type(error).__name__, *said])
 
 
 class quiet:
