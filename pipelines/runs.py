@@ -182,7 +182,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def manifest(
-    config: RunConfig, *, data: Mapping[str, str], assets: list[dict[str, Any]], world_size: int
+    config: RunConfig, *, data: Mapping[str, str], base: str, assets: list[dict[str, Any]], world_size: int
 ) -> dict[str, Any]:
     """Everything that the figures of this run depend on."""
     return {
@@ -201,6 +201,7 @@ def manifest(
             "world_size": world_size,
         },
         "data": dict(data),
+        "base": base,
         "assets": assets,
     }
 

@@ -532,13 +532,13 @@ RUNS = {
     "another rank": again("lora.r=3 (was 2)", former=[*LORA, "lora.r=3"]),
     "other layers": again("lora.target_modules=['key'] (was None)", former=[*LORA, "lora.target_modules=[key]"]),
     "another base of the same shape": again(
-        "the data changed since this checkpoint: model", former=LORA, spoil=other_weights
+        "changed since this checkpoint: the base model", former=LORA, spoil=other_weights
     ),
     "other training data": again(
-        "the data changed since this checkpoint: train", spoil=lambda: write(Path("train.csv"), GOOD + "one more,a\n")
+        "changed since this checkpoint: train", spoil=lambda: write(Path("train.csv"), GOOD + "one more,a\n")
     ),
     "other validation data": again(
-        "the data changed since this checkpoint: validation", spoil=lambda: write(Path("dev.csv"), GOOD + "more,a\n")
+        "changed since this checkpoint: validation", spoil=lambda: write(Path("dev.csv"), GOOD + "more,a\n")
     ),
     "a run whose configuration is broken": again(
         "config.yaml", "not readable as YAML", spoil=stored("config.yaml", "a: [")

@@ -202,7 +202,7 @@ def test_resume_looks_at_the_best_checkpoint_and_at_the_data_first(config, tmp_p
     rows.write_text(text.replace("cat", "unheard", 1))
     changed = run(config, tmp_path / "run", overrides=["resume=auto"])
     rows.write_text(text)
-    assert "the data changed since this checkpoint" in changed.stderr
+    assert "changed since this checkpoint: train" in changed.stderr
     resumed = run(config, tmp_path / "run", overrides=["resume=auto"])
     assert resumed.returncode == 0, resumed.stderr
     assert f"the best checkpoint, {best.name}, is lost (model.safetensors does not match" in resumed.stderr

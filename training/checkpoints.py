@@ -48,6 +48,8 @@ class Position:
     world_size: int = 1
     data: dict[str, str] = field(default_factory=dict)
     """Hashes of the files or data sets that the splits were read from."""
+    base: str = ""
+    """Hash of the pretrained weights (``training.models.pretrained_hash``)."""
     block: BlockStart = field(default_factory=BlockStart)
     """Of the last update."""
 
