@@ -280,13 +280,20 @@ def _run() -> int:
         if not _is_main():
             # Where the main process meets the same fault, torchrun ends this one meanwhile: one message in all.
             time.sleep(3)
-        Console(stderr=True, soft_wrap=True, emoji=False).print(
-            f"[bold red]error[/]\n{_escape(error)}", highlight=False
-        )
+        _show(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # safetensors has its own, which is no OSError
+        if "No space left on device" not in str(error) or "--debug" in sys.argv:
+            raise
+        _show(UserError(str(error), fix="make room on the disk; a training goes on with resume=auto"))
+        return UserError.exit_code
     return 0
+
+
+def _show(error: UserError) -> None:
+    Console(stderr=True, soft_wrap=True, emoji=False).print(f"[bold red]error[/]\n{_escape(error)}", highlight=False)
 
 
 def _escape(error: UserError) -> str:

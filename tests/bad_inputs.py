@@ -39,6 +39,7 @@ class Bad:
         given: Settings on the command line.
         spoil: What is done in the folder.
         verb: What is run.
+        ends: The exit code; 0 where the input has no effect at all.
     """
 
     said: Sequence[str]
@@ -47,6 +48,7 @@ class Bad:
     given: Sequence[str] = ()
     spoil: Callable[[], Any] = lambda: None
     verb: Sequence[str] = VERB
+    ends: int = 2
 
     def prepare(self):
         """Make the input; return the arguments of the command line."""
@@ -402,7 +404,6 @@ def pickled():
     Path("model/model.safetensors").unlink()
 
 
-HUGE = struct.pack("<Q", 1 << 62)
 POSITIONS = {"weight_map": {"embeddings.position_embeddings.weight": "gone.safetensors"}, "metadata": {}}
 
 
@@ -437,7 +438,6 @@ MODELS = {
     "weights cut short": model(cut_weights, "./model", "safetensors", "fetch it again"),
     "weights of no bytes": model(put("model.safetensors", b""), "./model", "safetensors"),
     "weights whose header is no JSON": model(put("model.safetensors", struct.pack("<Q", 4) + b"oops"), "safetensors"),
-    "weights with a header of 2^62 bytes": model(put("model.safetensors", HUGE + b"{}"), "./model", "safetensors"),
     "weights of other shapes": model(
         change("config.json", hidden_size=32), "./model", "of other shapes", "(16,)", "(32,)"
     ),
@@ -478,8 +478,8 @@ LORA = ("lora.r=2", "output_dir=runs/lora", "train.max_steps=3", "resume=auto")
 STEP = Path("runs/whole/checkpoints/step-3")
 
 
-def again(*said, given=(), spoil=lambda: None, former=RESUME):
-    return Bad(said, given=[*former, *given], spoil=spoil)
+def again(*said, given=(), spoil=lambda: None, former=RESUME, ends=2):
+    return Bad(said, given=[*former, *given], spoil=spoil, ends=ends)
 
 
 def use(verb, *said, spoil=lambda: None, given=()):
@@ -582,6 +582,126 @@ RUNS = {
 }
 
 
+# ------------------------------------------------------------------------------------------------------- attacks
+
+
+class Payload:
+    """Unpickled, it makes the file ``ran``."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def evil(*paths):
+    for path in paths:
+        torch.save({"state": Payload()}, path)
+
+
+CODE = "open('ran', 'w')\n"
+TAG = "!!python/object/apply:builtins.open ['ran', 'w']"
+AUTO_MAP = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+
+
+def bring_code():
+    put("code.py", CODE)()
+    change("config.json", model_type="brought", auto_map=AUTO_MAP)()
+
+
+def bring_tokenizer_code():
+    put("code.py", CODE)()
+    change("tokenizer_config.json", tokenizer_class="Brought", auto_map={"AutoTokenizer": ["code.Brought", None]})()
+
+
+def pickle_for_optimizer():
+    evil("optimizer.pickle")
+    rehashed("optimizer.safetensors", Path("optimizer.pickle").read_bytes())()
+
+
+def point_out():
+    outside = {"../../../../dev.csv": sha256_of(Path("dev.csv"))}
+    write(STEP / MANIFEST, json.loads((STEP / MANIFEST).read_text()) | outside)
+
+
+def pickled_adapter(folder, config):
+    write(
+        Path(folder, "adapter_config.json"),
+        json.loads(Path("runs/lora/adapter/adapter_config.json").read_text()) | config,
+    )
+    Path(folder, "adapter_model.safetensors").unlink(missing_ok=True)
+    evil(Path(folder, "adapter_model.bin"))
+
+
+ATTACKS = {
+    "a pickle in pytorch_model.bin": model(
+        lambda: (lose("*.safetensors")(), evil("model/pytorch_model.bin")), "./model", "safetensors, the only weights"
+    ),
+    "pickles beside a model: pytorch_model.bin, training_args.bin, optimizer.pt, rng_state.pth": Bad(
+        ["no effect"],
+        spoil=lambda: evil(
+            *(f"model/{n}" for n in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "rng_state.pth"))
+        ),
+        given=["train.max_steps=1"],
+        ends=0,
+    ),
+    "pickles beside a checkpoint: optimizer.bin, random_states_0.pkl, custom_checkpoint_0.pkl": again(
+        "no effect",
+        given=["data.train=train.csv"],
+        spoil=lambda: evil(*(STEP / n for n in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"))),
+        ends=0,
+    ),
+    "a pickle for a checkpoint's optimizer.safetensors, with a manifest that agrees": again(
+        str(STEP), "no readable safetensors", spoil=pickle_for_optimizer
+    ),
+    "code that a model brings, by auto_map": model(bring_code, "./model", "custom code"),
+    "code that a tokenizer brings, by auto_map, beside a tokenizer.json": Bad(
+        ["no effect"], spoil=bring_tokenizer_code, ends=0
+    ),
+    "a tag of Python's in a configuration": file(f"{MODEL}seed: {TAG}", "run.yaml", "python/object/apply"),
+    "a tag of Python's on the command line": settings(f"seed={TAG}", said=["seed", "python/object/apply"]),
+    "a tag of Python's in the run that is gone on with": again(
+        "runs/whole/config.yaml", "python/object/apply", spoil=stored("config.yaml", f"{MODEL}seed: {TAG}")
+    ),
+    "an index that leads out of its folder": model(
+        sharded({"weight_map": {"x": "../runs/whole/model/model.safetensors"}}), "../runs", "fetch the model again"
+    ),
+    "a manifest that leads out of its folder": again(
+        "MANIFEST.json names ../../../../dev.csv, which is elsewhere", given=[f"resume={STEP}"], spoil=point_out
+    ),
+    "a chat template whose name leads out of its folder": model(
+        change(
+            "tokenizer_config.json",
+            chat_template=[{"name": "default", "template": "x"}, {"name": "../../ran", "template": "x"}],
+        ),
+        "'../../ran'",
+        "a plain name",
+    ),
+    "a chat template that reaches for Python's own": Bad(
+        ["chat template", "unsafe"],
+        {"a.jsonl": [CHAT], "llama/chat_template.jinja": "{{ ''.__class__.__mro__[1].__subclasses__() }}"},
+        task="generation",
+        given=["model.name=./llama"],
+    ),
+    "weights with a header of 2^62 bytes": model(
+        put("model.safetensors", struct.pack("<Q", 1 << 62) + b"{}"), "./model", "broken safetensors file"
+    ),
+    "a folder of data with a loading script": Bad(
+        ["no train split", "set.py"], given=["data.train=set"], spoil=lambda: write(Path("set/set.py"), CODE)
+    ),
+    "a loading script for data": Bad(
+        ["ends in '.py'"], given=["data.train=set/set.py"], spoil=lambda: write(Path("set/set.py"), CODE)
+    ),
+    "an adapter with a pickle": Bad(
+        ["runs/lora/adapter", "give the model of that run"],
+        given=["model.name=runs/lora/adapter"],
+        spoil=lambda: pickled_adapter("runs/lora/adapter", {}),
+    ),
+    "an adapter with a pickle in a model's folder": model(
+        lambda: pickled_adapter("model", {"base_model_name_or_path": "./llama"}), "./model", "a folder with an adapter"
+    ),
+}
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -593,4 +713,5 @@ KINDS = {
     "configuration": CONFIGURATION,
     "models": MODELS,
     "runs, checkpoints, adapters": RUNS,
+    "attacks": ATTACKS,
 }

@@ -1,11 +1,13 @@
 """Whatever is handed in by mistake ends in one message and exit code 2, before an update, with nothing written."""
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from bad_inputs import GOOD, KINDS
+from bad_inputs import GOOD, KINDS, evil
 from tiny_families import SHORT, save_body
 
 from sources.files import sha256_of
@@ -54,7 +56,37 @@ def content(folder):
     return {str(path): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", CASES)
+class Terminal(io.StringIO):
+    """Where somebody sits who would be asked."""
+
+    def isatty(self):
+        return True
+
+    def readline(self, *_):
+        return "y\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["", "at a terminal"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("attacks: ")])
+def test_an_attack_runs_nothing(name, terminal, project, cli_run, monkeypatch):
+    """Each would make the file `ran`, here or above."""
+    if terminal:
+        monkeypatch.setattr("sys.stdin", Terminal())
+    bad = CASES[name]
+    Path("run.yaml").write_text(yaml.safe_dump(config(bad.task)))
+    code, _, log = cli_run(*bad.prepare())
+    assert code == bad.ends, log
+    assert not [path for path in project.parent.rglob("*") if path.name in ("ran", "ran.jinja")]
+
+
+def test_the_payload_of_the_attacks_does_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil("evil.bin")
+    torch.load("evil.bin", weights_only=False)
+    assert Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, bad in CASES.items() if bad.ends == 2])
 def test_a_bad_input_is_one_message_and_nothing_is_written(name, project, cli_run, monkeypatch):
     bad = CASES[name]
     Path("run.yaml").write_text(yaml.safe_dump(config(bad.task)))

@@ -198,7 +198,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
     """Every tensor of a checkpoint, in however many files: weights, and optimizer state as ``parameter|key``."""
-    return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    try:
+        return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    except Exception as error:  # of what is no safetensors, whatever Python makes of it
+        raise UserError(
+            f"no readable safetensors: {error or type(error).__name__}", where=str(path), fix="resume=none starts anew"
+        ) from error
 
 
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:

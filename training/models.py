@@ -33,7 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from attention.options import Plan
 from attention.seam import install, stored_plan, variant_parameters
 from heedful import UserError
-from sources.files import MANIFEST, fault
+from sources.files import MANIFEST, fault, leads_out
 from sources.texts import counted
 from tasks.saved import model_of_run
 from training.positions import Growth, Wanted, growth
@@ -116,6 +116,11 @@ def load_tokenizer(
         )
     except Exception as error:  # of a broken file, whatever Python or the tokenizers library makes of it
         raise UserError(f"no tokenizer could be loaded: {_first_line(error)}", where=name) from error
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if wrong := [template for template in templates if "/" in template or leads_out(template)]:
+        raise UserError(  # it would be a file's name, once the model is trained
+            f"a chat template with the name {wrong[0]!r}", where=name, expected="a plain name", fix="rename it"
+        )
     vocab_size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
@@ -480,6 +485,21 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def _refuse_no_weights(name: str) -> None:
+    index = Path(name) / SAFE_WEIGHTS_INDEX_NAME
+    if os.path.isfile(index) and (elsewhere := [file for file in _files_of(index) if leads_out(file)]):
+        raise UserError(
+            f"an index that names {elsewhere[0]}",
+            where=str(index),
+            expected="files of the folder that it lies in",
+            fix="fetch the model again, from where you trust it",
+        )
+    if os.path.isfile(Path(name) / "adapter_config.json"):  # transformers would load its base, from wherever it says
+        raise UserError(
+            "a folder with an adapter",
+            where=name,
+            expected="a whole model",
+            fix="merge the adapter: MODEL.merge_and_unload()",
+        )
     if os.path.isdir(name) and not any(Path(name).glob("*.safetensors")):
         raise UserError(
             "a model folder without safetensors, the only weights that are read",
@@ -487,6 +507,13 @@ def _refuse_no_weights(name: str) -> None:
             expected="model.safetensors, or its parts with their index",
             fix="give the folder that the model was saved to, or save it there again: MODEL.save_pretrained(FOLDER)",
         )
+
+
+def _files_of(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"broken index: {_first_line(error)}", where=str(index), fix="fetch it again") from error
 
 
 def _refuse_absent(name: str, *, expected: str) -> None:
