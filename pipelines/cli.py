@@ -73,6 +73,27 @@ def finetune(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[Path, typer.Argument(help="A finished run, e.g. runs/ner")],
+    out: Annotated[Path | None, typer.Option("--out", help="The new run's folder; else RUN.reproduced.")] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes; as many as the run had.")] = 1,
+) -> None:
+    """Make a run again, and compare losses, metrics and weights; exit code 1 where a bit differs."""
+    if nproc > 1:
+        from pipelines.launch import launch
+
+        raise typer.Exit(launch(sys.argv[1:], nproc=nproc))
+    from pipelines import reproduce as verb
+    from training.loop import Stopped
+
+    try:
+        raise typer.Exit(0 if verb.reproduce(run, out) else 1)
+    except Stopped as stopped:
+        typer.echo(f"{stopped}; it has to begin anew", err=True)
+        raise typer.Exit(143) from None
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Say what a run will need: parameters, memory, steps and time, measured on two updates."""
     from pipelines import plan as verb

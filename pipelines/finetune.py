@@ -6,6 +6,7 @@ accelerator.prepare -> resume -> train
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -74,8 +75,11 @@ class Prepared:
     audited: Audit
 
 
-def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
+def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, console: Console | None = None) -> Path:
     """Fine-tune as configured.
+
+    Args:
+        former: The manifest of a run that this one repeats: other data and another base than its are refused.
 
     Returns:
         The run's folder.
@@ -105,11 +109,13 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     baselines = score_baselines(task, data.rows, features)
     check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size, patience=schedule.patience)
     hashes = fingerprints(config, data.sources, accelerator)
+    manifest = runs.manifest(
+        config, data=hashes, base=loaded.sha256, assets=data.assets, world_size=accelerator.num_processes
+    )
+    if former is not None:
+        tell(console, *runs.compare_starts(former, manifest))
     position = resume(run, checkpoint, trainee, data=hashes, base=loaded.sha256, console=console)
     if accelerator.is_main_process:
-        manifest = runs.manifest(
-            config, data=hashes, base=loaded.sha256, assets=data.assets, world_size=accelerator.num_processes
-        )
         run.open_(config, manifest, asdict(data.audited))
         if recovered is not None:
             write_json(run.transfer, recovered)

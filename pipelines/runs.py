@@ -67,6 +67,11 @@ class Run:
         return self.folder / "config.yaml"
 
     @property
+    def manifest(self) -> Path:
+        """Everything that its figures depend on."""
+        return self.folder / "manifest.json"
+
+    @property
     def metrics(self) -> Path:
         """The final evaluation."""
         return self.folder / "metrics.json"
@@ -107,7 +112,7 @@ class Run:
         """Create the folder and say in it what will run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-        write_json(self.folder / "manifest.json", dict(manifest))
+        write_json(self.manifest, dict(manifest))
         write_json(self.folder / "audit.json", dict(audit))
 
     def set_aside(self) -> Path | None:
@@ -204,6 +209,35 @@ def manifest(
         "base": base,
         "assets": assets,
     }
+
+
+def compare_starts(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Hold the start of a run against the one that it repeats.
+
+    Returns:
+        A line for each circumstance that is another one: versions, machine, commit. With them, or with others, it may
+        well come out otherwise.
+
+    Raises:
+        UserError: It has other data or another base, and so is another run.
+    """
+    # A run of an older version did not say of its base.
+    before, after = ({**m["data"], "the base model": m.get("base", now["base"])} for m in (former, now))
+    if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+        raise UserError(
+            f"changed since that run: {', '.join(changed)}",
+            where="manifest.json",
+            expected="the same files as then, by their sha256",
+            fix="put them back",
+        )
+    parts = [{"": m} | {f"{part}, ": m[part] for part in ("versions", "machine")} for m in (former, now)]
+    own = ("heedful", "git_commit", "git_clean")
+    return [
+        f"! {part}{name}: {parts[0][part].get(name)} then, {value} now"
+        for part, values in parts[1].items()
+        for name, value in values.items()
+        if (part or name in own) and parts[0][part].get(name) != value
+    ]
 
 
 def _version(package: str) -> str | None:

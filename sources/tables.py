@@ -254,7 +254,8 @@ def read_json(path: Path, dialect: Dialect) -> Table:
     items = content.get("data") if isinstance(content, dict) else content
     if not isinstance(items, list):
         raise UserError(
-            f"a JSON {type(content).__name__}" + (f" with the keys {list(content)[:8]}" if content else ""),
+            f"a JSON {type(content).__name__}"
+            + (f" with the keys {list(content)[:8]}" if content and isinstance(content, dict) else ""),
             where=str(path),
             expected='a list of objects, {"data": [objects]}, or SQuAD\'s form',
             fix="write one object for each row",

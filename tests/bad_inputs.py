@@ -155,6 +155,7 @@ DATA = {
     "a key twice in a row": data("a.jsonl", '{"text": "x", "text": "y", "label": 1}\n', ["line 1", "twice", "'text'"]),
     "lists in lists without an end": data("a.jsonl", "[" * 200_000, ["line 1", "unusable JSON"]),
     "broken json": data("a.json", '[{"text": "x"},\n {"text" 1}]', ["line 2", "broken JSON"]),
+    "a json number": data("a.json", 1, ["a JSON int", "a list of objects"]),
     "columns of lists": data("a.json", {"text": ["x"], "label": ["a"]}, ["['text', 'label']"]),
     "labels of two types": data("a.jsonl", labels(1, 2, "x"), ["line 3", "'int': 2"]),
     "a number as text": data("a.jsonl", [*labels(1), {"text": 7, "label": 1}], ["line 2", "int 7"]),
