@@ -4,6 +4,7 @@ import io
 import shutil
 from pathlib import Path
 
+import fault_table
 import pytest
 import torch
 import yaml
@@ -54,6 +55,12 @@ def project(good, tmp_path, monkeypatch):
 
 def content(folder):
     return {str(path): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_page_of_faults_is_what_the_tests_say():
+    """If not: make reliability."""
+    page = Path(__file__).parent.parent / "docs/reliability.md"
+    assert page.read_text(encoding="utf-8") == fault_table.document()
 
 
 class Terminal(io.StringIO):

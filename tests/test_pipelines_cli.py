@@ -347,6 +347,7 @@ def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
         require_fast(before)
 
 
+@pytest.mark.fault("the saved model answers otherwise than the trained one", "refused, and no model is left")
 def test_a_model_that_differs_once_reloaded_is_refused(project, cli_run, monkeypatch):
     """As it would be if a setting that the model runs by were not saved."""
 
@@ -395,6 +396,7 @@ def test_the_next_command_is_one_that_works(task, pairs, project, cli_run):
     assert code == 0, log
 
 
+@pytest.mark.fault("a run of a name that is taken", "the former one is moved aside, not overwritten")
 def test_a_former_run_is_moved_aside_not_overwritten(project, cli_run):
     cli_run("finetune", "run.yaml")
     before = Path("runs/run/manifest.json").read_text()
@@ -520,6 +522,7 @@ def test_a_model_that_does_not_do_is_refused_before_the_data_is_encoded(
     refused(cli_run("finetune", "run.yaml", *overrides), expected)
 
 
+@pytest.mark.fault("the best checkpoint was deleted", "it is said, and the run goes on")
 def test_resuming_without_the_best_checkpoint_says_so(project, cli_run):
     every = ["train.save_steps=1", "train.eval_steps=1", "train.save_total_limit=9", "train.learning_rate=1e-12"]
     cli_run("finetune", "run.yaml", *every)  # nothing is learned, so the first evaluation stays the best
@@ -529,6 +532,7 @@ def test_resuming_without_the_best_checkpoint_says_so(project, cli_run):
     assert "the best checkpoint, step-1, is lost" in log
 
 
+@pytest.mark.fault("a fault that only another process meets", "it says so itself")
 def test_a_fault_that_another_rank_alone_meets_is_said(project):
     command = [sys.executable, "-m", "pipelines.cli", "finetune", "missing.yaml"]
     environment = {**os.environ, "RANK": "1", "PYTHONPATH": str(ROOT)}
@@ -558,6 +562,23 @@ def test_make_hands_any_text_to_predict_as_it_is(tmp_path):
     assert ended.stdout.splitlines() == ["<predict>", "<-->", "<my run>", f"<{text}>"]
 
 
+@pytest.mark.fault("the disk is full at a logged step, or when the model is written", "one message, exit code 2")
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("training.tracking.Tracker._record", OSError(28, "No space left on device")),
+        ("training.export._write_model", RuntimeError("I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_full_disk_is_one_message_wherever_it_is_met(place, error, project, cli_run, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    refused(cli_run("finetune", "run.yaml"), "make room on the disk", untouched="runs/run/model")
+
+
+@pytest.mark.fault("a learning rate that lets the loss overflow", "exit code 3, one message")
 def test_nan_loss_exits_with_3(project, cli_run):
     code, _, log = cli_run(
         "finetune", "run.yaml", "train.learning_rate=1e38", "train.max_grad_norm=0", "train.max_steps=50"

@@ -33,6 +33,10 @@ def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+@pytest.mark.fault(
+    "a run does not come out as before",
+    "`heedful reproduce` names the first difference of losses, metrics and weights; exit code 1",
+)
 def test_it_is_the_same_to_the_bit_or_said_where_not(run, cli_run):
     code, _, log = cli_run("reproduce", run)
     assert code == 0, log
@@ -74,6 +78,9 @@ SPOILED = {
 }
 
 
+@pytest.mark.fault(
+    "its data, base, processes or files are others or gone", "refused before the first update; exit code 2"
+)
 def test_what_can_not_be_tried_is_refused(run, cli_run, monkeypatch):
     monkeypatch.setattr("training.loop.run_update", lambda *_, **__: pytest.fail("an update was made"))
     kept = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}

@@ -96,6 +96,7 @@ def ends_well(read):
         return None
 
 
+@pytest.mark.fault("any bytes in a csv, jsonl, json or CoNLL file", "rows, or one message")
 @pytest.mark.parametrize(
     ("suffix", "task"),
     [(".csv", "classification"), (".jsonl", "classification"), (".jsonl", "qa"), (".json", "qa"), (".conll", "ner")],
@@ -110,6 +111,7 @@ def test_any_bytes_are_rows_or_refused(suffix, task, data, tmp_path):
     assert rows is None or len(rows)
 
 
+@pytest.mark.fault("any text in a YAML file", "a configuration, or one message")
 @settings(max_examples=200)
 @given(text=joined(YAML, st.text(max_size=3)))
 def test_any_text_is_a_configuration_or_refused(text, tmp_path):
@@ -119,6 +121,7 @@ def test_any_text_is_a_configuration_or_refused(text, tmp_path):
         assert config.validate(found.to_dict(), where="again") == found
 
 
+@pytest.mark.fault("any text as a setting on the command line", "taken, or one message")
 @settings(max_examples=100)
 @given(
     key=st.sampled_from(["seed", "lora", "data.columns", "train.optim", "task", "a.b", "..", ""]),

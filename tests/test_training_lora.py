@@ -105,6 +105,7 @@ def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, ta
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault("a merge that loses the adapter", "refused, and no model is left")
 def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
     """The proof can fail: a merge that loses an adapter is refused, and leaves no model folder."""
     task, _, features = make_task("classification")
@@ -123,6 +124,7 @@ def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.fault("an adapter on another base of the same shapes", "refused by the base's sha256")
 def test_an_adapter_goes_on_its_own_base_alone(bodies, tmp_path):
     """PEFT puts it on any model of these shapes. In how many files the base lies is nothing to it."""
     task, _, _ = make_task("classification")

@@ -202,7 +202,7 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
         return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata  # type: ignore[return-value]
     except Exception as error:  # of what is no safetensors, whatever Python makes of it
         raise UserError(
-            f"no readable safetensors: {error or type(error).__name__}", where=str(path), fix="resume=none starts anew"
+            f"no readable safetensors: {error}", where=str(path), fix="resume=none starts anew"
         ) from error
 
 
