@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def reproduce(folder: Path, out: Path | None = None, *, console: Console | None 
 
 def _outcome(run: Run) -> dict[str, dict[str, Any]]:
     """What must come out again: for each part its figures, by name."""
-    lines = [json.loads(line) for line in _text(run.history).splitlines()]
+    lines = _values(run.history, _text(run.history).splitlines())
     steps = {f"step {line['step']}, {name}": value for line in lines for name, value in line.items()}
     hashes = _read(run.folder / "model" / MANIFEST)
     return {
@@ -77,7 +77,14 @@ def _differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mappi
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(_text(path))  # type: ignore[no-any-return]
+    return next(_values(path, [_text(path)]))
+
+
+def _values(path: Path, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from map(json.loads, texts)
+    except ValueError as error:
+        raise UserError(f"broken JSON: {error}", where=str(path), expected="a run as it was written") from None
 
 
 def _text(path: Path) -> str:

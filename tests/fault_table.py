@@ -1,6 +1,6 @@
 """What can go wrong, what heedful does then, and which test shows it: docs/reliability.md, from the tests themselves.
 
-Rows are the tables of bad_inputs.py, and every test with ``@pytest.mark.fault("what goes wrong", "what heedful does")``.
+Rows are the tables of bad_inputs.py, and every test that is marked ``fault("what goes wrong", "what heedful does")``.
 Run as a script, it writes the page:
 
     make reliability

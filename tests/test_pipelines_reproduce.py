@@ -74,6 +74,7 @@ SPOILED = {
     "no data": (lambda run: Path("train.jsonl").unlink(), "no such file"),
     "base": (lambda run: spoil_base(), "changed since that run: the base model"),
     "processes": (lambda run: change(run / "manifest.json", machine={"world_size": 2}), "say --nproc 2"),
+    "broken": (lambda run: (run / "manifest.json").write_text("{"), "broken JSON"),
     "unfinished": (lambda run: (run / "metrics.json").unlink(), "no finished run"),
 }
 

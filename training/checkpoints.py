@@ -201,9 +201,7 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
     try:
         return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata  # type: ignore[return-value]
     except Exception as error:  # of what is no safetensors, whatever Python makes of it
-        raise UserError(
-            f"no readable safetensors: {error}", where=str(path), fix="resume=none starts anew"
-        ) from error
+        raise UserError(f"no readable safetensors: {error}", where=str(path), fix="resume=none starts anew") from error
 
 
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:

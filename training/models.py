@@ -511,7 +511,7 @@ def _refuse_no_weights(name: str) -> None:
 
 def _files_of(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"broken index: {_first_line(error)}", where=str(index), fix="fetch it again") from error
 
