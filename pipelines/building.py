@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from training.models import (
     load_tokenizer,
     new_config,
     new_model,
+    pretrained_hash,
     swap_attention,
 )
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
@@ -117,6 +119,7 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
         loaded = swap_attention(join_encoders(str(config.model.name), task.tokenizer, **halves), config.attention)
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
+    loaded = replace(loaded, sha256=pretrained_hash(loaded))  # 4 bits are other numbers
     if (four_bits := four_bits_of(config)) is not None:
         quantize(loaded.model, loaded.new, four_bits)
     if loaded.growth is None and config.model.positions not in ("auto", "refuse"):

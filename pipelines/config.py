@@ -158,13 +158,13 @@ class TrainSection(Section):
     max_steps: int | None = Field(default=None, ge=1)
     """Overrides ``num_train_epochs``."""
     train_sampling_strategy: Literal["random", "group_by_length", "sequential"] = "random"
-    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=5e-5, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     """Never applied to biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=True)
     """0 does not clip."""
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
     lr_scheduler_type: Literal[
@@ -259,7 +259,7 @@ class TransferSection(Section):
 
     steps: int | None = Field(default=None, ge=1)
     """Updates in each stage."""
-    learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-2, gt=0)
     """Of what the variants bring; what else is trained learns at ``train.learning_rate``."""
     batch_size: int = Field(default=32, ge=1)
     """Examples per update, over all ranks and micro-batches."""
@@ -308,7 +308,7 @@ class RunConfig(Section):
     output_dir: str
     resume: str = "none"
     """auto | none | PATH of a checkpoint."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     model: ModelSection
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
@@ -356,9 +356,12 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where PyYAML keeps the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        keys: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            keys.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -370,7 +373,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             with the keys of what looks like a token, before any value is shown.
     """
     _refuse_secrets({"the path of the file": str(path)}, where=hide(str(path)))
-    raw = _read_yaml(Path(path))
+    raw = read_yaml(Path(path))
     raw.setdefault("output_dir", f"runs/{Path(path).stem}")
     return override(raw, overrides, where=str(path))
 
@@ -488,7 +491,12 @@ def _faults_of_transfer(config: RunConfig) -> list[str]:
     return []
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file as plain values.
+
+    Raises:
+        UserError: No such file, no YAML, a key given twice, or no mapping.
+    """
     if not path.is_file():
         files = sorted(file for folder in (Path("configs"), path.parent) for file in folder.glob("*.yaml"))
         known = {file.stem: str(file) for file in files if file != Path("assets.yaml")}
@@ -500,12 +508,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             fix=f"Did you mean {known[near[0]]}?" if near else "",
         )
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not readable as YAML: {error}", where=str(path)) from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not readable as YAML: {error}", where=str(path), expected="utf-8 text") from error
+    raw = _parse(text, where=str(path))
     if not isinstance(raw, dict):
         raise UserError(f"a {type(raw).__name__}", where=str(path), expected="a mapping of keys to values")
     return raw
+
+
+def _parse(text: str, *, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except Exception as error:  # of a date, a number or a tag that is none, PyYAML raises what Python does of it
+        raise UserError(f"not readable as YAML: {error}", where=where) from error
 
 
 def _apply(raw: dict[str, Any], assignment: str) -> None:
@@ -523,10 +539,7 @@ def _apply(raw: dict[str, Any], assignment: str) -> None:
     if _is_sign(text):
         raw[last] = text
         return
-    try:
-        raw[last] = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {assignment!r} is not readable as YAML: {error}", where=key) from error
+    raw[last] = _parse(text, where=key)
     if key == "attention" and isinstance(former, dict) and "transfer" in former:  # which is no part of the plan
         plan = {"variant": raw[last]} if isinstance(raw[last], str) else raw[last] or {}
         raw[last] = {"transfer": former["transfer"], **plan}

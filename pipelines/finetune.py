@@ -6,6 +6,7 @@ accelerator.prepare -> resume -> train
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,8 +76,11 @@ class Prepared:
     audited: Audit
 
 
-def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
+def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, console: Console | None = None) -> Path:
     """Fine-tune as configured.
+
+    Args:
+        former: The manifest of a run that this one repeats: other data and another base than its are refused.
 
     Returns:
         The run's folder.
@@ -107,9 +111,13 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     baselines = score_baselines(task, data.rows, features)
     check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size, patience=schedule.patience)
     hashes = fingerprints(config, data.sources, accelerator)
-    position = resume(run, checkpoint, trainee, data=hashes, console=console)
+    manifest = runs.manifest(
+        config, data=hashes, base=loaded.sha256, assets=data.assets, world_size=accelerator.num_processes
+    )
+    if former is not None:
+        tell(console, *runs.compare_starts(former, manifest))
+    position = resume(run, checkpoint, trainee, data=hashes, base=loaded.sha256, console=console)
     if accelerator.is_main_process:
-        manifest = runs.manifest(config, data=hashes, assets=data.assets, world_size=accelerator.num_processes)
         run.open_(config, manifest, asdict(data.audited))
         if recovered is not None:
             write_json(run.transfer, recovered)
@@ -152,7 +160,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     metrics = {split: score(split, intervals=True) for split in features if split != "train"}
     if accelerator.is_main_process:
         model = plain_model(config, trainee, features["train"], best)
-        finish(run, config, task, model, features["train"], metrics, console)
+        finish(run, config, data, model, metrics, console)
         columns = data.rows["train"].column_names
         show_end(console, metrics, baselines, folder=str(run.folder), task=task.name, columns=columns)
     accelerator.wait_for_everyone()
@@ -179,7 +187,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     for split in rows:
         task.check(rows[split], where=sources[split])
     loaded = building.load_base(config, task)
-    features = {split: encode(task, rows[split], training=split == "train") for split in rows}
+    features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
     audited = audit(
         rows,
         columns=TASKS[config.task].columns,
@@ -245,11 +253,17 @@ def be_deterministic(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over every tensor
 
 
-def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str], console: Console) -> Position:
+def resume(
+    run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str], base: str, console: Console
+) -> Position:
     """Go on from a checkpoint, or from nothing; then a former run of this name is moved aside, not overwritten.
 
+    Args:
+        data: Hashes of what is learned from and scored on.
+        base: Of the pretrained weights, of which a checkpoint holds those alone that are trained.
+
     Raises:
-        UserError: The checkpoint is broken or belongs to other settings or data.
+        UserError: The checkpoint is broken or belongs to other settings, other data or another base.
     """
     accelerator = trainee.accelerator
     say = partial(tell, console)
@@ -257,10 +271,17 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
     if path is None:
         if accelerator.is_main_process and (former := run.set_aside()) is not None:
             say(f"the former {run.folder} is now {former}")
-        return Position(world_size=accelerator.num_processes, data=data)
+        return Position(world_size=accelerator.num_processes, data=data, base=base)
     # First, since other data may bring another table of words: shapes would be said to differ, which is no help.
-    if checkpoints.read_position(path).data != data:
-        raise UserError("the data changed since this checkpoint", where=str(path), fix="resume=none starts anew")
+    then = checkpoints.read_position(path)
+    before, now = then.data | {"the base model": then.base or base}, data | {"the base model": base}
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        raise UserError(
+            f"changed since this checkpoint: {', '.join(changed)}",
+            where=str(path),
+            expected="the same files as then, by their sha256",
+            fix="put them back, or start anew with resume=none",
+        )
     position = checkpoints.load(
         path, model=trainee.bare_model, optimizer=trainee.optimizer.optimizer, scheduler=trainee.scheduler
     )
@@ -311,13 +332,13 @@ def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset,
 def finish(
     run: Run,
     config: RunConfig,
-    task: Task,
+    data: Prepared,
     model: nn.Module,
-    features: datasets.Dataset,
     metrics: dict[str, Any],
     console: Console,
 ) -> None:
     """Leave the model, proved to answer as the trained one does, and the metrics."""
+    task, features = data.task, data.features["train"]
     # Two with padding, and one without: masks are made in other ways then. No more, since logits can be large.
     by_length = np.argsort(np.asarray(features["length"]), kind="stable")
     rows = np.unique(by_length[[0, len(by_length) // 2]])
@@ -328,6 +349,7 @@ def finish(
         run.folder,
         probes=probes,
         base=building.base_of(config, task),
+        base_hash=data.loaded.sha256,
         four_bits=building.four_bits_of(config),
     )
     write_json(run.metrics, metrics)

@@ -96,7 +96,7 @@ def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console:
 def split_sources(data: DataSection) -> dict[str, str]:
     """Where each split is. A folder given as train brings its own validation and test."""
     given = {name: source for name in ("train", "validation", "test") if (source := getattr(data, name)) is not None}
-    if "train" in given and Path(given["train"]).is_dir():
+    if "train" in given and os.path.isdir(given["train"]):
         given = find_splits(given["train"]) | {name: source for name, source in given.items() if name != "train"}
     return given
 
@@ -181,15 +181,22 @@ def dialect(data: DataSection) -> Dialect:
     return Dialect(data.delimiter, data.encoding, data.quotes, data.label_separator)
 
 
-def encode(task: Task, rows: datasets.Dataset, *, training: bool) -> datasets.Dataset:
+def encode(task: Task, rows: datasets.Dataset, *, training: bool, where: str) -> datasets.Dataset:
     """Tokenize rows into features, in memory.
 
+    Args:
+        where: Names the rows in messages.
+
     Raises:
-        UserError: Nothing is left to learn from or to score.
+        UserError: Rows that the task can not encode; nothing is left to learn from or to score.
     """
-    features = _encoded(task, rows, training=training)
+    try:
+        features = _encoded(task, rows, training=training)
+    except UserError as error:  # a task knows its rows, and not where they are
+        error.where = f"{where}, {error.where}"
+        raise
     if not len(features):
-        raise UserError("no features: every row is empty after tokenization")
+        raise UserError("no features: every row is empty after tokenization", where=where)
     return features
 
 

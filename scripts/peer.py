@@ -97,7 +97,7 @@ def prepare(config: RunConfig, *, splits: Sequence[str], max_features: int | Non
     ensure([str(config.model.name), *sources.values()], root=Path.cwd(), say=print)
     rows = read_splits(config, sources)
     task = building.build_task(config, rows["train"])
-    features = {name: encode(task, split, training=name == "train") for name, split in rows.items()}
+    features = {name: encode(task, split, training=name == "train", where=name) for name, split in rows.items()}
     if max_features is not None:
         features["train"] = features["train"].select(range(max_features))
     loaded = building.load_base(config, task)

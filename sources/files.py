@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "MANIFEST.json"
@@ -74,6 +74,12 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def leads_out(name: str) -> bool:
+    """Whether a path that a file names, and which should lie beside it, lies elsewhere."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts
+
+
 def fault(folder: Path) -> str | None:
     """What is wrong with a folder written by ``write_whole``, or None."""
     try:
@@ -83,6 +89,8 @@ def fault(folder: Path) -> str | None:
     if not (isinstance(hashes, dict) and hashes):
         return f"{MANIFEST} is missing or broken"
     for name, expected in hashes.items():
+        if leads_out(name):
+            return f"{MANIFEST} names {name}, which is elsewhere"
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256_of(folder / name) != expected:

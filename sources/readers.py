@@ -10,6 +10,7 @@ A source is one of
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -351,10 +352,10 @@ def _holds_words(path: Path, columns: Sequence[Column], dialect: Dialect) -> boo
 
 def _locate(source: str) -> tuple[Path | None, str | None]:
     """Path and split of a local source; no path for a data set on the Hub."""
-    if Path(source).exists():
+    if os.path.exists(source):  # unlike Path.exists, no error where a name is too long for a file
         return Path(source), None
     before, colon, split = source.rpartition(":")
-    if colon and Path(before).is_dir():
+    if colon and os.path.isdir(before):
         return Path(before), split
     if HUB_ID.fullmatch(source) and not source.startswith("."):
         return None, None
@@ -383,7 +384,15 @@ def _open_folder(path: Path, split: str | None) -> Table:
             expected="a file, or a folder written by save_to_disk",
             fix="name one of the files; data.train=FOLDER alone finds train, validation and test in it",
         )
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # of a file that is lost or broken: OSError, ValueError, KeyError, Arrow's own
+        raise UserError(
+            f"no readable data set: {type(error).__name__}: {error}",
+            where=str(path),
+            expected="the folder as save_to_disk wrote it",
+            fix="save or copy it again",
+        ) from error
     if isinstance(loaded, datasets.Dataset) and split is None:
         return from_dataset(loaded, source=str(path))
     splits = list(loaded) if isinstance(loaded, datasets.DatasetDict) else []

@@ -203,6 +203,7 @@ def test_nothing_of_this_machine_goes_out(run, hub, trained, cli_run):
     assert json.loads(Path("m/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
+@pytest.mark.fault("a token, a password or a path of this machine in what would be pushed", "refused")
 @pytest.mark.parametrize("found", [CANARY, "/root/secret/model", "https://me:passw0rd@host/x"])
 def test_a_file_with_a_secret_is_refused(found, run, hub, cli_run):
     path = run / "model/generation_config.json"
@@ -259,6 +260,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.fault("the hub fails for a while: 500, 503, 429, a cut connection", "tried again; one whole commit")
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_passing_fault_leaves_one_whole_commit(faults, run, hub):
     hub.faults += faults
@@ -268,6 +270,7 @@ def test_a_passing_fault_leaves_one_whole_commit(faults, run, hub):
     assert hub.api.model_info("me/m", revision="v1").sha == commit
 
 
+@pytest.mark.fault("the hub fails for good", "one message, and nothing is visible there")
 @pytest.mark.parametrize(
     ("kind", "call"), [(500, "POST /api/repos/create"), ("cut", "PUT /lfs"), (507, "POST /api/models/me/m/commit")]
 )
@@ -281,6 +284,7 @@ def test_a_lasting_fault_is_one_message_and_nothing_is_visible(kind, call, run, 
     assert cli_run("push", "runs/run", "me/m", "--yes")[0] == 0, "and again"
 
 
+@pytest.mark.fault("somebody else pushed meanwhile", "refused")
 def test_who_pushed_meanwhile_is_not_overwritten(run, hub, cli_run, monkeypatch):
     push("runs/run", "me/m", yes=True)
     (run / "model/heedful.json").write_text((run / "model/heedful.json").read_text() + "\n")
@@ -305,6 +309,7 @@ def test_an_answer_that_was_lost_is_not_taken_for_somebody_elses_push(run, hub):
     assert len(visible(hub)) == 2
 
 
+@pytest.mark.fault("a download is cut half way", "it goes on")
 def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     hub.faults += [("GET /me/m/resolve/.*model.safetensors", "half")] * 2
@@ -314,6 +319,7 @@ def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     assert sha256_of(Path("m/model.safetensors")) == sha256_of(run / "model/model.safetensors")
 
 
+@pytest.mark.fault("bytes decayed on the hub", "refused by their hash")
 def test_bytes_that_decayed_on_the_hub_are_found(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     object_ = hub.storage.open("models", "me/m").path_of(sha256_of(run / "model/model.safetensors"))
@@ -360,6 +366,7 @@ def test_a_tag_stays_where_it_is(run, hub, cli_run):
     assert (code, "the tag v1 is elsewhere" in log) == (2, True), log
 
 
+@pytest.mark.fault("there is no hub", "one message")
 def test_without_a_hub_there_is_one_message(run, hub, cli_run, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for verb in (("push", "runs/run", "me/m", "--yes"), ("pull", "me/m")):
@@ -384,6 +391,7 @@ push("runs/run", "me/m", yes=True)
 """
 
 
+@pytest.mark.fault("`kill -9` of a push", "no half of it is visible; the next push is whole")
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_a_push_that_is_killed_can_be_made_again(before, run, hub):

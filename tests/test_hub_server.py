@@ -232,6 +232,7 @@ ESCAPES = [
 ]
 
 
+@pytest.mark.fault("a path that leads out of a repository of the hub server", "refused")
 @pytest.mark.parametrize("path", ESCAPES)
 def test_no_path_leads_out_of_a_repository(path, hub, api, tmp_path):
     api.create_repo("me/x")
@@ -362,6 +363,7 @@ def commit_and_die(repo, point):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.fault("`kill -9` of the hub server in a commit, anywhere", "the commit is whole or not there")
 def test_a_commit_is_whole_or_not_there_wherever_it_is_killed(tmp_path):
     killed = 0
     while True:
@@ -411,6 +413,7 @@ def test_a_file_can_not_hold_files(tmp_path):
         repo.commit("main", lambda _: {"a": file, "a/b": file}, parent=None, title="", message="", author="me")
 
 
+@pytest.mark.fault("the disk of the hub server is full", "the client is told")
 def test_a_full_disk_is_said_to_the_client(hub, api, monkeypatch):
     api.create_repo("me/x")
     monkeypatch.setattr(Repo, "keep", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
