@@ -6,11 +6,11 @@ accelerator.prepare -> resume -> train
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -47,17 +47,25 @@ from sources.texts import counted
 from tasks import TASKS
 from tasks.protocol import Task
 from training import checkpoints
-from training.batches import epochs, examples
+from training.batches import Batching, Block, epochs, examples
 from training.checkpoints import Position
 from training.embeddings import restore_embeddings
 from training.export import export
-from training.loop import Trainee, train
+from training.loop import Schedule, Trainee, train
 from training.models import Loaded
 from training.sharding import is_sharded
 from training.tracking import Tracker, open_sinks, require_installed, truncate_history
 
 NOT_A_SCORE = ("best_f1_thresh",)
 """Metrics that are neither better when greater nor when less."""
+
+
+class Score(Protocol):
+    """Metrics of a split."""
+
+    def __call__(self, split: str, *, intervals: bool = False) -> dict[str, Any]:
+        """Score; ``intervals`` adds those of confidence."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,9 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
-    eval_batch_size = config.train.per_device_eval_batch_size
+    score = scorer(config, data, trainee, console)
     baselines = score_baselines(task, data.rows, features)
-    check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size, patience=schedule.patience)
+    check_headline(schedule, data, score, console)
     hashes = fingerprints(config, data.sources, accelerator)
     manifest = runs.manifest(
         config, data=hashes, base=loaded.sha256, assets=data.assets, world_size=accelerator.num_processes
@@ -121,32 +129,15 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
         run.open_(config, manifest, asdict(data.audited))
         if recovered is not None:
             write_json(run.transfer, recovered)
-
-    def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
-        return evaluate_split(
-            task,
-            trainee.bare_model,
-            data.rows[split],
-            features[split],
-            accelerator=accelerator,
-            batch_size=eval_batch_size,
-            tick=progress_lines(console, split),
-            intervals=intervals,
-        )
-
     if config.train.eval_on_start:
         baselines = merged(baselines, score_before_training(run, position, score, splits=list(baselines)))
     if accelerator.is_main_process:
         write_json(run.baselines, baselines)
         tell(console, *described(baselines, task.headline))
-    if config.data.streaming:
-        blocks = stream_blocks(config, task, data.sources["train"], batching, position.block)
-    else:
-        blocks = epochs(features["train"], batching, step=position.step)
     tracker = build_tracker(run, config, trainee, console)
     position = train(
         trainee,
-        blocks,
+        training_blocks(config, data, batching, position),
         batching=batching,
         schedule=schedule,
         evaluate=lambda: score("validation"),
@@ -159,8 +150,7 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     checkpoints.load_model(best, trainee.bare_model)
     metrics = {split: score(split, intervals=True) for split in features if split != "train"}
     if accelerator.is_main_process:
-        model = plain_model(config, trainee, features["train"], best)
-        finish(run, config, data, model, metrics, console)
+        finish(run, config, data, plain_model(config, trainee, features["train"], best), metrics, console)
         columns = data.rows["train"].column_names
         show_end(console, metrics, baselines, folder=str(run.folder), task=task.name, columns=columns)
     accelerator.wait_for_everyone()
@@ -208,42 +198,56 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     return Prepared(task, loaded, sources, rows, features, assets, audited)
 
 
-def check_headline(
-    trainee: Trainee, data: Prepared, headline: str, console: Console, *, batch_size: int, patience: int | None
-) -> None:
+def scorer(config: RunConfig, data: Prepared, trainee: Trainee, console: Console) -> Score:
+    """What scores the model, as it is then, on a split."""
+
+    def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
+        return evaluate_split(
+            data.task,
+            trainee.bare_model,
+            data.rows[split],
+            data.features[split],
+            accelerator=trainee.accelerator,
+            batch_size=config.train.per_device_eval_batch_size,
+            tick=progress_lines(console, split),
+            intervals=intervals,
+        )
+
+    return score
+
+
+def check_headline(schedule: Schedule, data: Prepared, score: Score, console: Console) -> None:
     """Score the untrained model if another metric than usual is asked for, so that a wrong name is not found out late.
 
     Raises:
         UserError: The task has no such metric, or there is nothing to stop early by.
     """
+    headline, usual = schedule.headline, data.task.headline
     if headline in NOT_A_SCORE:
         raise UserError(
             f"{headline!r} is not better when greater, nor when less",
             where="train.metric_for_best_model",
-            expected=f"such as {trainee.task.headline}",
+            expected=f"such as {usual}",
         )
     if "validation" not in data.rows:
-        if patience is not None:
+        if schedule.patience is not None:
             raise UserError("no validation data", where="train.early_stopping_patience", expected="data.validation")
         tell(console, "no validation data: nothing is evaluated in training, and the last model is the result")
         return
-    if headline == trainee.task.headline:
-        return
-    metrics = evaluate_split(
-        trainee.task,
-        trainee.bare_model,
-        data.rows["validation"],  # all of it: two rows rarely hold every class
-        data.features["validation"],
-        accelerator=trainee.accelerator,
-        batch_size=batch_size,
-        tick=progress_lines(console, "validation"),
-    )
-    if headline not in metrics:
+    # On all of it: two rows rarely hold every class.
+    if headline != usual and headline not in (metrics := score("validation")):
         raise UserError(
             f"no metric {headline!r}",
             where="train.metric_for_best_model",
             expected=f"one of: {', '.join(metrics)}",
         )
+
+
+def training_blocks(config: RunConfig, data: Prepared, batching: Batching, position: Position) -> Iterator[Block]:
+    """Features to learn from, without end, from where the run is: epochs, or blocks of a stream."""
+    if config.data.streaming:
+        return stream_blocks(config, data.task, data.sources["train"], batching, position.block)
+    return epochs(data.features["train"], batching, step=position.step)
 
 
 def be_deterministic(seed: int) -> None:
