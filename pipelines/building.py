@@ -25,26 +25,18 @@ from tasks.fitting import check_fit, pad_as
 from tasks.positions import check_lengths, max_positions
 from tasks.protocol import Task
 from training.batches import Batching
+from training.configurations import load_config
 from training.dropout import use_fast_dropout
 from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
-from training.models import (
-    ARCHITECTURE,
-    Loaded,
-    compare_vocabularies,
-    load_config,
-    load_model,
-    load_tokenizer,
-    new_config,
-    new_model,
-    pretrained_hash,
-    swap_attention,
-)
+from training.models import Loaded, load_model, pretrained_hash, swap_attention
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from training.positions import Wanted
 from training.quantization import FourBits, elements, in_four_bits, quantize
+from training.scratch import ARCHITECTURE, new_config, new_model
 from training.sharding import is_sharded, shard
+from training.tokenizers import compare_vocabularies, load_tokenizer
 from training.warm_start import join_encoders, joined_config
 
 logger = logging.getLogger("heedful.pipelines.building")

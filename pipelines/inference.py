@@ -19,7 +19,8 @@ from tasks.decoding import described
 from tasks.positions import check_lengths
 from tasks.protocol import Task
 from tasks.saved import load_task, read
-from training.models import load_model, load_tokenizer
+from training.models import load_model
+from training.tokenizers import load_tokenizer
 
 EFFECTIVE = ("data.", "train.per_device_eval_batch_size", "train.bf16", "model.trust_remote_code", "seed")
 """Beginnings of the settings that scoring and predicting go by."""

@@ -26,12 +26,19 @@ from sources.tables import Dialect
 from tasks import TASKS
 from tasks.protocol import Task
 from training.batches import Batching, Block, BlockStart
-from training.models import supports_bf16
 
 ENCODE_BATCH = 1000
 
 # torch 2.13 says so once a rank; accelerate's DistributedDataParallelKwargs has no field for the successor yet.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 natively; elsewhere bf16 on a CPU is emulated and several times slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
 def build_accelerator(*, bf16: bool | str) -> Accelerator:

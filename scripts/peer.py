@@ -27,14 +27,14 @@ from torch import nn
 
 from pipelines import building
 from pipelines.config import RunConfig, load
-from pipelines.preparation import build_accelerator, encode, read_splits, split_sources
+from pipelines.preparation import build_accelerator, encode, read_splits, split_sources, supports_bf16
 from pipelines.scoring import evaluate_split
 from sources.assets import ensure
 from tasks.protocol import Task
 from training.batches import epochs
 from training.embeddings import restore_embeddings
 from training.lora import add_lora
-from training.models import Loaded, supports_bf16
+from training.models import Loaded
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

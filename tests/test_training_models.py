@@ -17,13 +17,9 @@ from transformers import (
 
 from heedful import UserError
 from sources.files import write_whole
-from training.models import (
-    compare_vocabularies,
-    load_model,
-    load_tokenizer,
-    new_config,
-    new_model,
-)
+from training.models import load_model
+from training.scratch import new_config, new_model
+from training.tokenizers import compare_vocabularies, load_tokenizer
 from training.vocabulary import train_tokenizer
 from training.warm_start import join_encoders
 

@@ -16,7 +16,8 @@ from transformers import (
 
 from attention.seam import PLAN
 from heedful import UserError
-from training.models import Loaded, load_config, load_model, token_ids
+from training.configurations import load_config, token_ids
+from training.models import Loaded, load_model
 from training.positions import Wanted
 
 
