@@ -20,7 +20,7 @@ train.eval_steps train.optim train.learning_rate train.per_device_train_batch_si
 train.warmup_steps train.lr_scheduler_type train.bf16 train.max_grad_norm lora.r lora.lora_alpha lora.target_modules
 attention distributed tracking.wandb
 """
-FIELDS = {"RunConfig": 13, "model": 11, "data": 17, "train": 29, "lora": 6, "transfer": 4, "tracking": 2}
+FIELDS = {"RunConfig": 13, "model": 11, "data": 17, "train": 30, "lora": 6, "transfer": 4, "tracking": 2}
 
 
 @pytest.fixture
