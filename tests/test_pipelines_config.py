@@ -64,10 +64,10 @@ def test_every_key_of_the_contract_exists():
 
 def test_number_of_settings_is_frozen():
     """Every setting costs every reader; one more is a decision, made here too."""
-    sections = {"RunConfig": sections.RunConfig} | {
+    parts = {"RunConfig": sections.RunConfig} | {
         name: sections.RunConfig.model_fields[name].annotation for name in FIELDS if name != "RunConfig"
     }
-    assert {name: len(section.model_fields) for name, section in sections.items()} == FIELDS
+    assert {name: len(section.model_fields) for name, section in parts.items()} == FIELDS
 
 
 def test_every_fault_is_reported_at_once(write):
