@@ -17,7 +17,7 @@ from torch import nn
 from attention.seam import describe
 from attention.sharing import connect, ring_size
 from heedful import UserError
-from pipelines.config import ModelSection, RunConfig
+from pipelines.sections import ModelSection, RunConfig
 from sources.audit import Limits
 from sources.texts import counted
 from tasks import TASKS

@@ -24,7 +24,6 @@ from heedful import UserError
 from hub.redaction import redacted
 from pipelines import building, runs
 from pipelines.baselines import described, merged, score_baselines, score_before_training
-from pipelines.config import RunConfig
 from pipelines.preparation import (
     build_accelerator,
     build_console,
@@ -40,6 +39,7 @@ from pipelines.preparation import (
 from pipelines.report import learned_tokens, progress_lines, show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
+from pipelines.sections import RunConfig
 from pipelines.transfer import recover
 from sources.audit import Audit, audit, check, summary
 from sources.files import fault, write_json

@@ -13,8 +13,8 @@ from torch import nn
 
 from heedful import UserError
 from pipelines import config as configuration
-from pipelines.config import RunConfig
 from pipelines.preparation import build_accelerator, build_console, tell
+from pipelines.sections import RunConfig
 from tasks.decoding import described
 from tasks.positions import check_lengths
 from tasks.protocol import Task

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from heedful import UserError
-from pipelines.config import DataSection, RunConfig
+from pipelines.sections import DataSection, RunConfig
 from sources.assets import ensure, record
 from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect

@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from heedful import UserError
-from pipelines.config import TrackingSection, read_yaml, validate
+from pipelines.config import read_yaml, validate
 from pipelines.finetune import finetune
 from pipelines.preparation import build_accelerator, build_console, tell
 from pipelines.runs import Run
+from pipelines.sections import TrackingSection
 from sources.files import MANIFEST
 from sources.texts import counted
 

@@ -19,7 +19,8 @@ import yaml
 
 from heedful import UserError, __version__
 from hub.redaction import hide
-from pipelines.config import RunConfig, read_yaml, validate
+from pipelines.config import read_yaml, validate
+from pipelines.sections import RunConfig
 from sources.files import write_json
 from training import checkpoints
 

@@ -17,9 +17,9 @@ from attention.options import Plan
 from attention.seam import PLAN
 from heedful import UserError
 from pipelines import building
-from pipelines.config import RunConfig
 from pipelines.preparation import encode, tell
 from pipelines.report import progress_lines
+from pipelines.sections import RunConfig
 from sources.texts import counted
 from training.batches import Batching
 from training.transfer import Agreement, Course, Stage, transfer

@@ -26,9 +26,10 @@ from rich.console import Console
 from torch import nn
 
 from pipelines import building
-from pipelines.config import RunConfig, load
+from pipelines.config import load
 from pipelines.preparation import build_accelerator, encode, read_splits, split_sources, supports_bf16
 from pipelines.scoring import evaluate_split
+from pipelines.sections import RunConfig
 from sources.assets import ensure
 from tasks.protocol import Task
 from training.batches import epochs

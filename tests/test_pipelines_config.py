@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from heedful import UserError
-from pipelines import config
+from pipelines import config, sections
 from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -58,16 +58,16 @@ def test_lora_and_infinity_round_trip(write):
 
 
 def test_every_key_of_the_contract_exists():
-    keys = set(config._keys(config.RunConfig))
+    keys = set(config._keys(sections.RunConfig))
     assert not set(CONTRACT.split()) - keys
 
 
 def test_number_of_settings_is_frozen():
     """Every setting costs every reader; one more is a decision, made here too."""
-    sections = {"RunConfig": config.RunConfig} | {
-        name: config.RunConfig.model_fields[name].annotation for name in FIELDS if name != "RunConfig"
+    parts = {"RunConfig": sections.RunConfig} | {
+        name: sections.RunConfig.model_fields[name].annotation for name in FIELDS if name != "RunConfig"
     }
-    assert {name: len(section.model_fields) for name, section in sections.items()} == FIELDS
+    assert {name: len(section.model_fields) for name, section in parts.items()} == FIELDS
 
 
 def test_every_fault_is_reported_at_once(write):

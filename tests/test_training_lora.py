@@ -144,6 +144,9 @@ def test_an_adapter_goes_on_its_own_base_alone(bodies, tmp_path):
     PeftModel.from_pretrained(copy.deepcopy(loaded.model), tmp_path / "adapter")  # the trap
     with pytest.raises(UserError, match="an adapter of another base"):
         open_adapter(loaded.model, tmp_path / "adapter", base=pretrained_hash(loaded))
+    (tmp_path / "adapter/base.json").unlink()
+    with pytest.raises(UserError, match="does not say what it was trained on"):
+        open_adapter(loaded.model, tmp_path / "adapter", base=pretrained_hash(loaded))
 
 
 def test_a_pretrained_head_is_adapted_not_replaced(bodies, tmp_path):

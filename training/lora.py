@@ -116,8 +116,10 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PeftMode
         base: ``training.models.pretrained_hash`` of that base, taken before anything was done to it.
 
     Raises:
-        UserError: It is another base, if only by one number.
+        UserError: It is another base, if only by one number, or the adapter does not say which it was.
     """
+    if not (folder / BASE).is_file():
+        raise UserError("an adapter that does not say what it was trained on", where=str(folder), expected=BASE)
     trained_on = json.loads((folder / BASE).read_text(encoding="utf-8"))["sha256"]
     if base != trained_on:
         raise UserError(
