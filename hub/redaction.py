@@ -41,11 +41,17 @@ def redacted(values: Any) -> Any:
     return redact(values) if isinstance(values, str) else values
 
 
-def secret_keys(values: Any, key: str = "") -> Iterator[str]:
-    """The dotted keys of values that hold a token, or are one."""
+def secret_keys(values: Any, key: str = "", *, within: tuple[int, ...] = ()) -> Iterator[str]:
+    """The dotted keys of values that hold a token, or are one.
+
+    Args:
+        within: Identities of what holds these values: in YAML a list can hold itself.
+    """
+    if id(values) in within:
+        return
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from secret_keys(value, f"{key}.{name}" if key else str(name))
+            yield from secret_keys(value, f"{key}.{name}" if key else str(name), within=(*within, id(values)))
     elif _secrets().search(f"{key}={values}"):
         yield hide(key)
 

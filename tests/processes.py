@@ -12,7 +12,7 @@ import torch
 
 LIMIT = 250
 """Seconds after which processes that wait for one another are ended."""
-IMPORTS = ["test_training_loop", "transformers.models.auto.modeling_auto"]
+IMPORTS = ["test_training_loop", "pipelines.finetune", "transformers.models.auto.modeling_auto"]
 
 
 @contextmanager
@@ -44,13 +44,13 @@ def together(world_size, function, *arguments):
     """What ``function(*arguments)`` gives in each of so many processes that torch.distributed can join."""
     deadline = time.monotonic() + LIMIT
     with started(world_size, function, *arguments) as pairs:
-        results = [_received(pipe, deadline) for _, pipe in pairs]
+        results = [received(pipe, deadline) for _, pipe in pairs]
     if failed := [result for kind, result in results if kind == "failed"]:
         raise AssertionError("\n".join(failed))
     return [result for _, result in results]
 
 
-def _received(pipe, deadline):
+def received(pipe, deadline):
     if not pipe.poll(max(0, deadline - time.monotonic())):
         return "failed", f"no answer in {LIMIT} seconds"
     try:

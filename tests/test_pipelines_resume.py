@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import yaml
+from killed_run import finetune_and_die
+from processes import LIMIT, received, started
 from tiny_families import make_rows, save_body
 
 from training.batches import BlockStart
@@ -51,22 +54,14 @@ def config(tmp_path_factory):
 
 
 def run(config, output_dir, *, point="never", processes=1, overrides=()):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            str(HERE / "killed_run.py"),
-            point,
-            str(config),
-            f"output_dir={output_dir}",
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    """How the first process ended, and what all of them said."""
+    log, deadline = output_dir.with_name(f"{output_dir.name}.log"), time.monotonic() + LIMIT
+    log.write_text("")
+    given = [f"output_dir={output_dir}", *overrides]
+    with started(processes, finetune_and_die, str(log), point, str(config), given) as pairs:
+        endings = [received(pipe, deadline) for _, pipe in pairs]
+    faults = [said for kind, said in endings if kind == "failed"]
+    return SimpleNamespace(returncode=pairs[0][0].exitcode, stderr="\n".join([log.read_text(), *faults]))
 
 
 def facts(folder):
@@ -85,7 +80,7 @@ def facts(folder):
 def finish_through_kills(config, folder, points, *, processes=1, overrides=()):
     for point in points:
         killed = run(config, folder, point=point, processes=processes, overrides=["resume=auto", *overrides])
-        assert killed.returncode == (-signal.SIGKILL if processes == 1 else 1), killed.stderr
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
     assert resumed.returncode == 0, resumed.stderr
     return resumed.stderr
@@ -210,7 +205,7 @@ def test_a_disk_that_fills_in_a_save_ends_both_processes(distributed, share, con
         pytest.skip("needs the right to mount a file system")
     try:
         command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={disk / 'run'}"]
-        started = time.monotonic()
+        began = time.monotonic()
         full = subprocess.run(
             [*command, *overrides, "--nproc", "2"],
             cwd=HERE.parent,
@@ -222,7 +217,7 @@ def test_a_disk_that_fills_in_a_save_ends_both_processes(distributed, share, con
         assert full.returncode == 2, full.stderr
         assert "could not be saved" in full.stderr
         assert "Traceback" not in full.stderr
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - began < 60
         assert [path.name for path in (disk / "run/checkpoints").iterdir()] == ["step-4"]
         assert newest_whole(disk / "run/checkpoints", say=pytest.fail)
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
