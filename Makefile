@@ -14,7 +14,7 @@ BIN := .venv/bin
 predict: override export INPUT := $(value INPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint assets plan finetune evaluate predict push pull serve-hub config test verify check format bench-peer attention clean
+.PHONY: help setup lint assets plan finetune evaluate reproduce predict push pull serve-hub config test verify check format bench-peer attention reliability clean
 
 help:  ## Show every target, one line each
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ finetune: .venv/.ready  ## Fine-tune TASK (or CONFIG=my.yaml) with ARGS="key=val
 
 evaluate: .venv/.ready  ## Score CHECKPOINT on its run's data, or with ARGS="data.test=my.csv"
 	@$(BIN)/heedful evaluate "$(CHECKPOINT)" $(ARGS)
+
+reproduce: .venv/.ready  ## Train CHECKPOINT's run again, on NPROC processes, and say whether every bit is the same
+	$(BIN)/heedful reproduce "$(CHECKPOINT)" $(ARGS) --nproc $(NPROC)
 
 predict: .venv/.ready  ## Answers of CHECKPOINT for INPUT, a file or a text, as JSON lines
 	@$(BIN)/heedful predict -- "$(CHECKPOINT)" "$$INPUT" $(ARGS)
@@ -79,6 +82,9 @@ bench-peer: .venv/.ready  ## Measure against transformers' Trainer, both sides i
 
 attention: .venv/.ready  ## Measure every attention variant into docs/attention/ (hours; ARGS="speed" for a part)
 	$(BIN)/python -m scripts.bench_attention $(or $(ARGS),all)
+
+reliability: .venv/.ready  ## Write docs/reliability.md from the tests' tables of faults
+	$(BIN)/python tests/fault_table.py docs/reliability.md
 
 clean:  ## Remove caches; keeps .venv, assets and runs
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

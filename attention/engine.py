@@ -65,24 +65,22 @@ def tiled_attention(
         BHND. A query that sees nothing gets zeros.
     """
     dropped, seed = dropping(scoring)
-    whole = _Whole(Meeting(slice(None), slice(None), Tiles(mask, tuple(visits), dropped, scoring.softcap, seed)))
-    return attend_along(query, key, value, scoring, whole, dropped)
+    tiles = Tiles(mask, tuple(visits), dropped, scoring.softcap, seed)
+    return attend_to_stream(query, key, value, scoring, _Whole(KeyBlock(slice(None), slice(None), tiles), dropped))
 
 
-def attend_along(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, course: Course, dropped: int) -> Tensor:
-    """Attend, as the keys come by; both passes go over the course alike.
+def attend_to_stream(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, stream: KeyStream) -> Tensor:
+    """Attend, as the keys come by; both passes go over the stream alike.
 
     Args:
         query: BHND.
-        key: BKMD, as is ``value``; those with which the course begins.
-        dropped: Of LEVELS weights.
+        key: BKMD, as is ``value``; those with which the stream begins.
 
     Returns:
         BHND.
     """
     with torch.autocast(query.device.type, enabled=False):  # which would take fp32 products back to half precision
-        bias, scaling = scoring.bias, scoring.scaling
-        out = _Attend.apply(query, key, value, bias, scaling, dropped, course)  # type: ignore[no-untyped-call]
+        out = _Attend.apply(query, key, value, scoring.bias, scoring.scaling, stream)  # type: ignore[no-untyped-call]
         return cast(Tensor, out)
 
 
@@ -158,8 +156,8 @@ class _Scores:
     places: Any
 
 
-class Meeting(NamedTuple):
-    """Some of the queries, and some of the keys that come by.
+class KeyBlock(NamedTuple):
+    """Some of the keys that came by, and the queries that they meet.
 
     Args:
         tiles: Numbered from the first of these queries and keys.
@@ -176,15 +174,20 @@ class Meeting(NamedTuple):
         return whole if whole is None or self.bias is None else self.bias(whole)
 
 
-class Course(Protocol):
+class KeyStream(Protocol):
     """How keys and values come by the queries. No pair may meet twice."""
 
-    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
-        """Keys and values of these shapes, those given first, and what of them meets."""
+    @property
+    def dropped(self) -> int:
+        """Of LEVELS weights, in every block."""
         ...
 
-    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
-        """After each of them, in the backward pass: the gradients of those that come by next, home after the last."""
+    def blocks(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[KeyBlock]]]:
+        """Keys and values, BKMD as those given, which come first; and the blocks of them."""
+        ...
+
+    def pass_on_grads(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+        """After each, in the backward pass: the gradients, BKMD, of those that come next; home after the last."""
         ...
 
 
@@ -192,12 +195,13 @@ class Course(Protocol):
 class _Whole:
     """All keys at once."""
 
-    meeting: Meeting
+    block: KeyBlock
+    dropped: int
 
-    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
-        yield key, value, [self.meeting]
+    def blocks(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[KeyBlock]]]:
+        yield key, value, [self.block]
 
-    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+    def pass_on_grads(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
         return dkey, dvalue
 
 
@@ -324,40 +328,39 @@ class _Attend(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         scaling: float,
-        dropped: int,
-        course: Course,
+        stream: KeyStream,
     ) -> Tensor:
-        q, factor = grouped(wide(query), key.shape[1]) * scaling, dropout_scale(dropped)
+        q, factor = grouped(wide(query), key.shape[1]) * scaling, dropout_scale(stream.dropped)
         sums = Sums.none(q, value.shape[-1])
-        for key_then, value_then, meetings in course.around(key, value):
+        for key_then, value_then, blocks in stream.blocks(key, value):
             k, v = wide(key_then), wide(value_then) * factor
-            for met in meetings:
-                of_q, of_k = (..., met.queries, slice(None)), (..., met.keys, slice(None))
-                add_keys(sums.of(met.queries), q[of_q], k[of_k], v[of_k], met.own_bias(bias), met.tiles)
+            for block in blocks:
+                of_q, of_k = (..., block.queries, slice(None)), (..., block.keys, slice(None))
+                add_keys(sums.of(block.queries), q[of_q], k[of_k], v[of_k], block.own_bias(bias), block.tiles)
         out, logsumexp = sums.settled()
         result = out.flatten(1, 2).to(query.dtype)
         ctx.save_for_backward(query, key, value, bias, result, logsumexp)
-        ctx.scaling, ctx.factor, ctx.course = scaling, factor, course
+        ctx.scaling, ctx.factor, ctx.stream = scaling, factor, stream
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, result, logsumexp = ctx.saved_tensors
-        course: Course = ctx.course
+        stream: KeyStream = ctx.stream
         q = grouped(wide(query), key.shape[1]) * ctx.scaling
         queries = Settled.from_result(q, result, grad, logsumexp)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(wide(key)), torch.zeros_like(wide(value))
         dbias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
-        for key_then, value_then, meetings in course.around(key, value):
+        for key_then, value_then, blocks in stream.blocks(key, value):
             k, v = wide(key_then), wide(value_then) * ctx.factor
-            for met in meetings:
-                of_q, of_k = (..., met.queries, slice(None)), (..., met.keys, slice(None))
-                grads = Grads(dq[of_q], dk[of_k], dv[of_k], met.own_bias(dbias))
-                add_grads(grads, queries.of(met.queries), k[of_k], v[of_k], met.own_bias(bias), met.tiles)
-            dk, dv = course.handed_on(dk, dv)
+            for block in blocks:
+                of_q, of_k = (..., block.queries, slice(None)), (..., block.keys, slice(None))
+                grads = Grads(dq[of_q], dk[of_k], dv[of_k], block.own_bias(dbias))
+                add_grads(grads, queries.of(block.queries), k[of_k], v[of_k], block.own_bias(bias), block.tiles)
+            dk, dv = stream.pass_on_grads(dk, dv)
         dq, dv = dq.mul_(ctx.scaling).flatten(1, 2), dv.mul_(ctx.factor)
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias, None, None, None
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias, None, None
 
 
 def wide(x: Tensor) -> Tensor:

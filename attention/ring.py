@@ -49,7 +49,7 @@ class Ring:
             if arrived is not None:
                 tensors = arrived()
 
-    def handed_on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def pass_on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What the process before this one hands on, while these go to the one after it."""
         return self._hand_on(tensors, tag=len(tensors))() if self.size > 1 else tensors
 

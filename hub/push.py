@@ -24,7 +24,7 @@ from sources.files import MANIFEST, fault, sha256_of
 PUSHED = (
     *("config.json", "generation_config.json", "heedful.json", "README.md", "LICENSE*", ".eval_results/*.yaml"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("additional_chat_templates/*.jinja", "vocab.txt", "vocab.json", "merges.txt", "*.model", "*.spm", "*.tiktoken"),
     *("preprocessor_config.json", "processor_config.json"),

@@ -1,1 +1,1 @@
-"""The verbs, one file each: finetune, plan, evaluate, predict, config, assets, tokenizer."""
+"""The verbs, one file each: finetune, plan, evaluate, reproduce, predict, config, assets, tokenizer."""

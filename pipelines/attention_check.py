@@ -32,10 +32,10 @@ from attention.sharing import prove
 from attention.variant import Site, Work, all_pairs
 from heedful import UserError
 from pipelines import config as configuration
-from pipelines.config import TRANSFER, RunConfig
+from pipelines.sections import TRANSFER, RunConfig
 from sources.assets import ensure
 from tasks.positions import max_positions
-from training.models import empty_model
+from training.scratch import empty_model
 
 EFFECTIVE = ("attention", "model.revision", "model.trust_remote_code")
 """Settings that matter here."""

@@ -20,7 +20,9 @@ from pipelines.inference import model_folder
 from pipelines.preparation import build_accelerator, build_console, tell
 from tasks.positions import max_positions
 from tasks.saved import FILE, load_task
-from training.models import load_config, load_model, load_tokenizer, quiet
+from training.configurations import load_config, quiet
+from training.models import load_model
+from training.tokenizers import load_tokenizer
 
 SHOWN = 128
 """Tokens of each side in the picture."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch import nn
 from attention.seam import describe
 from attention.sharing import connect, ring_size
 from heedful import UserError
-from pipelines.config import ModelSection, RunConfig
+from pipelines.sections import ModelSection, RunConfig
 from sources.audit import Limits
 from sources.texts import counted
 from tasks import TASKS
@@ -24,25 +25,18 @@ from tasks.fitting import check_fit, pad_as
 from tasks.positions import check_lengths, max_positions
 from tasks.protocol import Task
 from training.batches import Batching
+from training.configurations import load_config
 from training.dropout import use_fast_dropout
 from training.embeddings import LEAVES_UNUSED_ROWS, UsedRows, train_used_rows
 from training.loop import Schedule, Trainee
 from training.lora import add_lora
-from training.models import (
-    ARCHITECTURE,
-    Loaded,
-    compare_vocabularies,
-    load_config,
-    load_model,
-    load_tokenizer,
-    new_config,
-    new_model,
-    swap_attention,
-)
+from training.models import Loaded, load_model, pretrained_hash, swap_attention
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from training.positions import Wanted
 from training.quantization import FourBits, elements, in_four_bits, quantize
+from training.scratch import ARCHITECTURE, new_config, new_model
 from training.sharding import is_sharded, shard
+from training.tokenizers import compare_vocabularies, load_tokenizer
 from training.warm_start import join_encoders, joined_config
 
 logger = logging.getLogger("heedful.pipelines.building")
@@ -117,6 +111,7 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
         loaded = swap_attention(join_encoders(str(config.model.name), task.tokenizer, **halves), config.attention)
     else:
         loaded = load_model(task.auto_class, **base_of(config, task), **task.model_kwargs())
+    loaded = replace(loaded, sha256=pretrained_hash(loaded))  # 4 bits are other numbers
     if (four_bits := four_bits_of(config)) is not None:
         quantize(loaded.model, loaded.new, four_bits)
     if loaded.growth is None and config.model.positions not in ("auto", "refuse"):

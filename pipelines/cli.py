@@ -73,6 +73,27 @@ def finetune(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[Path, typer.Argument(help="A finished run, e.g. runs/ner")],
+    out: Annotated[Path | None, typer.Option("--out", help="The new run's folder; else RUN.reproduced.")] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes; as many as the run had.")] = 1,
+) -> None:
+    """Make a run again, and compare losses, metrics and weights; exit code 1 where a bit differs."""
+    if nproc > 1:
+        from pipelines.launch import launch
+
+        raise typer.Exit(launch(sys.argv[1:], nproc=nproc))
+    from pipelines import reproduce as verb
+    from training.loop import Stopped
+
+    try:
+        raise typer.Exit(0 if verb.reproduce(run, out) else 1)
+    except Stopped as stopped:
+        typer.echo(f"{stopped}; it has to begin anew", err=True)
+        raise typer.Exit(143) from None
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Say what a run will need: parameters, memory, steps and time, measured on two updates."""
     from pipelines import plan as verb
@@ -280,19 +301,25 @@ def _run() -> int:
         if not _is_main():
             # Where the main process meets the same fault, torchrun ends this one meanwhile: one message in all.
             time.sleep(3)
-        Console(stderr=True, soft_wrap=True, emoji=False).print(
-            f"[bold red]error[/]\n{_escape(error)}", highlight=False
-        )
+        _show(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # safetensors has its own, which is no OSError
+        if "No space left on device" not in str(error) or "--debug" in sys.argv:
+            raise
+        _show(UserError(str(error), fix="make room on the disk; a training goes on with resume=auto"))
+        return UserError.exit_code
     return 0
 
 
-def _escape(error: UserError) -> str:
+def _show(error: UserError) -> None:
     from rich.markup import escape
 
-    return escape(str(error))
+    from hub.redaction import hide
+
+    text = escape(hide(str(error)))
+    Console(stderr=True, soft_wrap=True, emoji=False).print(f"[bold red]error[/]\n{text}", highlight=False)
 
 
 def _is_main() -> bool:

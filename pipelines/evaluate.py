@@ -56,7 +56,7 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
             task,
             opened.model,
             rows,
-            encode(task, rows, training=False),
+            encode(task, rows, training=False, where=source),
             accelerator=opened.accelerator,
             batch_size=opened.config.train.per_device_eval_batch_size,
             tick=progress_lines(opened.console, name),

@@ -6,10 +6,11 @@ accelerator.prepare -> resume -> train
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -20,9 +21,9 @@ from rich.console import Console
 from torch import nn
 
 from heedful import UserError
+from hub.redaction import redacted
 from pipelines import building, runs
 from pipelines.baselines import described, merged, score_baselines, score_before_training
-from pipelines.config import RunConfig
 from pipelines.preparation import (
     build_accelerator,
     build_console,
@@ -38,6 +39,7 @@ from pipelines.preparation import (
 from pipelines.report import learned_tokens, progress_lines, show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
+from pipelines.sections import RunConfig
 from pipelines.transfer import recover
 from sources.audit import Audit, audit, check, summary
 from sources.files import fault, write_json
@@ -45,17 +47,25 @@ from sources.texts import counted
 from tasks import TASKS
 from tasks.protocol import Task
 from training import checkpoints
-from training.batches import epochs, examples
+from training.batches import Batching, Block, epochs, examples
 from training.checkpoints import Position
 from training.embeddings import restore_embeddings
 from training.export import export
-from training.loop import Trainee, train
+from training.loop import Schedule, Trainee, train
 from training.models import Loaded
 from training.sharding import is_sharded
-from training.tracking import Tracker, truncate_history, wandb_sinks
+from training.tracking import Tracker, open_sinks, require_installed, truncate_history
 
 NOT_A_SCORE = ("best_f1_thresh",)
 """Metrics that are neither better when greater nor when less."""
+
+
+class Score(Protocol):
+    """Metrics of a split."""
+
+    def __call__(self, split: str, *, intervals: bool = False) -> dict[str, Any]:
+        """Score; ``intervals`` adds those of confidence."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,8 +84,11 @@ class Prepared:
     audited: Audit
 
 
-def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
+def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, console: Console | None = None) -> Path:
     """Fine-tune as configured.
+
+    Args:
+        former: The manifest of a run that this one repeats: other data and another base than its are refused.
 
     Returns:
         The run's folder.
@@ -88,6 +101,7 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     be_deterministic(config.seed)
     run = Run(Path(config.output_dir))
     run.require_writable()
+    require_installed(config.tracking.trackers)
     batching = building.build_batching(config, accelerator)
     checkpoint = runs.find_checkpoint(run, config, say=partial(tell, console))
     data = prepare(config, accelerator, console)
@@ -101,54 +115,42 @@ def finetune(config: RunConfig, *, console: Console | None = None) -> Path:
     steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
     schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
-    eval_batch_size = config.train.per_device_eval_batch_size
+    score = scorer(config, data, trainee, console)
     baselines = score_baselines(task, data.rows, features)
-    check_headline(trainee, data, schedule.headline, console, batch_size=eval_batch_size, patience=schedule.patience)
+    check_headline(schedule, data, score, console)
     hashes = fingerprints(config, data.sources, accelerator)
-    position = resume(run, checkpoint, trainee, data=hashes, console=console)
+    manifest = runs.manifest(
+        config, data=hashes, base=loaded.sha256, assets=data.assets, world_size=accelerator.num_processes
+    )
+    if former is not None:
+        tell(console, *runs.compare_starts(former, manifest))
+    position = resume(run, checkpoint, trainee, data=hashes, base=loaded.sha256, console=console)
     if accelerator.is_main_process:
-        manifest = runs.manifest(config, data=hashes, assets=data.assets, world_size=accelerator.num_processes)
         run.open_(config, manifest, asdict(data.audited))
         if recovered is not None:
             write_json(run.transfer, recovered)
-
-    def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
-        return evaluate_split(
-            task,
-            trainee.bare_model,
-            data.rows[split],
-            features[split],
-            accelerator=accelerator,
-            batch_size=eval_batch_size,
-            tick=progress_lines(console, split),
-            intervals=intervals,
-        )
-
     if config.train.eval_on_start:
         baselines = merged(baselines, score_before_training(run, position, score, splits=list(baselines)))
     if accelerator.is_main_process:
         write_json(run.baselines, baselines)
         tell(console, *described(baselines, task.headline))
-    if config.data.streaming:
-        blocks = stream_blocks(config, task, data.sources["train"], batching, position.block)
-    else:
-        blocks = epochs(features["train"], batching, step=position.step)
+    tracker = build_tracker(run, config, trainee, console)
     position = train(
         trainee,
-        blocks,
+        training_blocks(config, data, batching, position),
         batching=batching,
         schedule=schedule,
         evaluate=lambda: score("validation"),
         folder=run.checkpoints,
-        tracker=build_tracker(run, config, trainee, console),
+        tracker=tracker,
         position=position,
     )
+    tracker.close()
     best = run.checkpoints / f"step-{position.best_step or position.step}"
     checkpoints.load_model(best, trainee.bare_model)
     metrics = {split: score(split, intervals=True) for split in features if split != "train"}
     if accelerator.is_main_process:
-        model = plain_model(config, trainee, features["train"], best)
-        finish(run, config, task, model, features["train"], metrics, console)
+        finish(run, config, data, plain_model(config, trainee, features["train"], best), metrics, console)
         columns = data.rows["train"].column_names
         show_end(console, metrics, baselines, folder=str(run.folder), task=task.name, columns=columns)
     accelerator.wait_for_everyone()
@@ -175,7 +177,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     for split in rows:
         task.check(rows[split], where=sources[split])
     loaded = building.load_base(config, task)
-    features = {split: encode(task, rows[split], training=split == "train") for split in rows}
+    features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
     audited = audit(
         rows,
         columns=TASKS[config.task].columns,
@@ -196,42 +198,56 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     return Prepared(task, loaded, sources, rows, features, assets, audited)
 
 
-def check_headline(
-    trainee: Trainee, data: Prepared, headline: str, console: Console, *, batch_size: int, patience: int | None
-) -> None:
+def scorer(config: RunConfig, data: Prepared, trainee: Trainee, console: Console) -> Score:
+    """What scores the model, as it is then, on a split."""
+
+    def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
+        return evaluate_split(
+            data.task,
+            trainee.bare_model,
+            data.rows[split],
+            data.features[split],
+            accelerator=trainee.accelerator,
+            batch_size=config.train.per_device_eval_batch_size,
+            tick=progress_lines(console, split),
+            intervals=intervals,
+        )
+
+    return score
+
+
+def check_headline(schedule: Schedule, data: Prepared, score: Score, console: Console) -> None:
     """Score the untrained model if another metric than usual is asked for, so that a wrong name is not found out late.
 
     Raises:
         UserError: The task has no such metric, or there is nothing to stop early by.
     """
+    headline, usual = schedule.headline, data.task.headline
     if headline in NOT_A_SCORE:
         raise UserError(
             f"{headline!r} is not better when greater, nor when less",
             where="train.metric_for_best_model",
-            expected=f"such as {trainee.task.headline}",
+            expected=f"such as {usual}",
         )
     if "validation" not in data.rows:
-        if patience is not None:
+        if schedule.patience is not None:
             raise UserError("no validation data", where="train.early_stopping_patience", expected="data.validation")
         tell(console, "no validation data: nothing is evaluated in training, and the last model is the result")
         return
-    if headline == trainee.task.headline:
-        return
-    metrics = evaluate_split(
-        trainee.task,
-        trainee.bare_model,
-        data.rows["validation"],  # all of it: two rows rarely hold every class
-        data.features["validation"],
-        accelerator=trainee.accelerator,
-        batch_size=batch_size,
-        tick=progress_lines(console, "validation"),
-    )
-    if headline not in metrics:
+    # On all of it: two rows rarely hold every class.
+    if headline != usual and headline not in (metrics := score("validation")):
         raise UserError(
             f"no metric {headline!r}",
             where="train.metric_for_best_model",
             expected=f"one of: {', '.join(metrics)}",
         )
+
+
+def training_blocks(config: RunConfig, data: Prepared, batching: Batching, position: Position) -> Iterator[Block]:
+    """Features to learn from, without end, from where the run is: epochs, or blocks of a stream."""
+    if config.data.streaming:
+        return stream_blocks(config, data.task, data.sources["train"], batching, position.block)
+    return epochs(data.features["train"], batching, step=position.step)
 
 
 def be_deterministic(seed: int) -> None:
@@ -241,11 +257,17 @@ def be_deterministic(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over every tensor
 
 
-def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str], console: Console) -> Position:
+def resume(
+    run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str], base: str, console: Console
+) -> Position:
     """Go on from a checkpoint, or from nothing; then a former run of this name is moved aside, not overwritten.
 
+    Args:
+        data: Hashes of what is learned from and scored on.
+        base: Of the pretrained weights, of which a checkpoint holds those alone that are trained.
+
     Raises:
-        UserError: The checkpoint is broken or belongs to other settings or data.
+        UserError: The checkpoint is broken or belongs to other settings, other data or another base.
     """
     accelerator = trainee.accelerator
     say = partial(tell, console)
@@ -253,10 +275,17 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
     if path is None:
         if accelerator.is_main_process and (former := run.set_aside()) is not None:
             say(f"the former {run.folder} is now {former}")
-        return Position(world_size=accelerator.num_processes, data=data)
+        return Position(world_size=accelerator.num_processes, data=data, base=base)
     # First, since other data may bring another table of words: shapes would be said to differ, which is no help.
-    if checkpoints.read_position(path).data != data:
-        raise UserError("the data changed since this checkpoint", where=str(path), fix="resume=none starts anew")
+    then = checkpoints.read_position(path)
+    before, now = then.data | {"the base model": then.base or base}, data | {"the base model": base}
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        raise UserError(
+            f"changed since this checkpoint: {', '.join(changed)}",
+            where=str(path),
+            expected="the same files as then, by their sha256",
+            fix="put them back, or start anew with resume=none",
+        )
     position = checkpoints.load(
         path, model=trainee.bare_model, optimizer=trainee.optimizer.optimizer, scheduler=trainee.scheduler
     )
@@ -278,17 +307,16 @@ def resume(run: Run, path: Path | None, trainee: Trainee, *, data: dict[str, str
 
 def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Console) -> Tracker:
     """The main process's tracker; the others' record nothing."""
-    main = trainee.accelerator.is_main_process
-    return Tracker(
-        run.history if main else None,
-        console,
-        log_every=config.train.logging_steps,
-        sinks=wandb_sinks(
-            config.tracking.wandb, project=config.tracking.project, folder=run.folder, config=config.to_dict()
-        )
-        if main
-        else (),
+    if not trainee.accelerator.is_main_process:
+        return Tracker(None, console, log_every=config.train.logging_steps)
+    sinks = open_sinks(
+        config.tracking.trackers,
+        project=config.tracking.project,
+        folder=run.folder,
+        history=run.history,
+        config=redacted(config.to_dict()),
     )
+    return Tracker(run.history, console, log_every=config.train.logging_steps, sinks=sinks)
 
 
 def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset, best: Path) -> nn.Module:
@@ -308,13 +336,13 @@ def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset,
 def finish(
     run: Run,
     config: RunConfig,
-    task: Task,
+    data: Prepared,
     model: nn.Module,
-    features: datasets.Dataset,
     metrics: dict[str, Any],
     console: Console,
 ) -> None:
     """Leave the model, proved to answer as the trained one does, and the metrics."""
+    task, features = data.task, data.features["train"]
     # Two with padding, and one without: masks are made in other ways then. No more, since logits can be large.
     by_length = np.argsort(np.asarray(features["length"]), kind="stable")
     rows = np.unique(by_length[[0, len(by_length) // 2]])
@@ -325,6 +353,7 @@ def finish(
         run.folder,
         probes=probes,
         base=building.base_of(config, task),
+        base_hash=data.loaded.sha256,
         four_bits=building.four_bits_of(config),
     )
     write_json(run.metrics, metrics)

@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
 from heedful import UserError
 from pipelines import config as configuration
-from pipelines.config import RunConfig
 from pipelines.preparation import build_accelerator, build_console, tell
+from pipelines.sections import RunConfig
 from tasks.decoding import described
 from tasks.positions import check_lengths
 from tasks.protocol import Task
 from tasks.saved import load_task, read
-from training.models import load_model, load_tokenizer
+from training.models import load_model
+from training.tokenizers import load_tokenizer
 
 EFFECTIVE = ("data.", "train.per_device_eval_batch_size", "train.bf16", "model.trust_remote_code", "seed")
 """Beginnings of the settings that scoring and predicting go by."""
@@ -83,10 +83,11 @@ def refuse_idle(overrides: Sequence[str], *, effective: tuple[str, ...]) -> None
 def model_folder(checkpoint: str) -> Path:
     """The model folder that the user means."""
     path = Path(checkpoint)
-    folder = path / "model" if (path / "model").is_dir() else path
-    if folder.is_dir():
-        return folder
+    if (path / "model").is_dir():
+        return path / "model"
     unfinished = (path / "checkpoints").is_dir()
+    if path.is_dir() and not unfinished:
+        return path
     raise UserError(
         "a run without a model: it did not finish" if unfinished else "no such checkpoint",
         where=checkpoint,
@@ -103,7 +104,7 @@ def _options(stored: dict[str, Any]) -> dict[str, Any]:
 def _config_of(folder: Path, stored: dict[str, Any], overrides: list[str]) -> RunConfig:
     """The configuration of the model's run; of a model without a run, the defaults."""
     path = folder.parent / "config.yaml"
-    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    raw = configuration.read_yaml(path) if path.is_file() else {}
     raw |= {"task": stored["task"], "output_dir": str(folder.parent)}
     raw[stored["task"]] = (raw.get(stored["task"]) or {}) | _options(stored)
     raw.setdefault("model", {"name": str(folder)})

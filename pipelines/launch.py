@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import typer
 
@@ -62,32 +61,49 @@ def supervise(arguments: Sequence[str], *, retries: int, folder: Path) -> int:
     Returns:
         The exit code of the last try.
     """
-    command, began = [sys.executable, "-m", "pipelines.cli", *_without(arguments, "--retries")], time.time()
-    tries = 1
-    while (code := _wait_for(command)) not in ENDINGS and tries <= retries:
-        tries += 1
-        # A former run of this name has checkpoints too, until this one has moved it aside.
-        own = any(path.stat().st_mtime > began for path in folder.glob("checkpoints/step-*"))
-        again = "going on from its newest checkpoint" if own else "as it began: it had saved nothing new"
-        typer.echo(f"the run died (exit code {code}); try {tries} of {retries + 1}, {again}", err=True)
-        if own and command[-1] != "resume=auto":
-            command.append("resume=auto")
+    command, tries = [sys.executable, "-m", "pipelines.cli", *_without(arguments, "--retries")], 1
+    former = _saved(folder)  # of another run of this name, until this one moves it aside
+    with _until_stopped() as (run, stopped):
+        while (code := run(command)) not in ENDINGS and not stopped() and tries <= retries:
+            tries += 1
+            own = _saved(folder) - former
+            again = "going on from its newest checkpoint" if own else "as it began: it had saved nothing new"
+            typer.echo(f"the run died (exit code {code}); try {tries} of {retries + 1}, {again}", err=True)
+            if own and command[-1] != "resume=auto":
+                command.append("resume=auto")
     return code
 
 
-def _wait_for(command: Sequence[str]) -> int:
-    """Run it, and hand SIGTERM on to it; Ctrl-C reaches it by itself."""
-    with subprocess.Popen(command) as child:
+def _saved(folder: Path) -> set[tuple[str, int]]:
+    """Which checkpoints there are, wherever they are moved; by no clock, since a file server has its own."""
+    return {(path.name, path.stat().st_ino) for path in folder.glob("checkpoints/step-*")}
 
-        def hand_on(number: int, frame: FrameType | None) -> None:
-            child.send_signal(number)
 
-        handlers: dict[signal.Signals, Any] = {signal.SIGTERM: hand_on, signal.SIGINT: signal.SIG_IGN}
-        former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        code = child.wait()
-        for number, before in former.items():
+@contextmanager
+def _until_stopped() -> Iterator[tuple[Callable[[Sequence[str]], int], Callable[[], bool]]]:
+    """A function that runs a command, and one that says whether SIGTERM or Ctrl-C came, which ends what runs."""
+    child: subprocess.Popen[bytes] | None = None
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        if child is not None and number == signal.SIGTERM:  # Ctrl-C reaches it by itself
+            child.terminate()
+
+    def run(command: Sequence[str]) -> int:
+        nonlocal child
+        child = subprocess.Popen(command)
+        if stopped:  # while it was being started
+            child.terminate()
+        return _as_a_shell_says(child.wait())
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield run, lambda: stopped
+    finally:
+        for number, before in handlers.items():
             signal.signal(number, before)
-    return _as_a_shell_says(code)
 
 
 def _as_a_shell_says(code: int) -> int:

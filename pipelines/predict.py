@@ -40,7 +40,7 @@ def predict(checkpoint: str, given: str, overrides: list[str], *, console: Conso
     else:
         rows = rows_from_text(given, columns)
     task.check(rows, where=given[:60])
-    features = encode(task, rows, training=False)
+    features = encode(task, rows, training=False, where=given[:60])
     tell(opened.console, *loss_lines("INPUT", task.account(features, rows)))
     predictions = predict_features(
         task,

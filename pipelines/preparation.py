@@ -20,19 +20,26 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from heedful import UserError
-from pipelines.config import DataSection, RunConfig
+from pipelines.sections import DataSection, RunConfig
 from sources.assets import ensure, record
 from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect
 from tasks import TASKS, saved
 from tasks.protocol import Task
 from training.batches import Batching, Block, BlockStart
-from training.models import supports_bf16
 
 ENCODE_BATCH = 1000
 
 # torch 2.13 says so once a rank; accelerate's DistributedDataParallelKwargs has no field for the successor yet.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 natively; elsewhere bf16 on a CPU is emulated and several times slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
 def build_accelerator(*, bf16: bool | str) -> Accelerator:
@@ -108,7 +115,7 @@ def _assets_of_run(model: Path) -> list[dict[str, Any]]:
 def split_sources(data: DataSection) -> dict[str, str]:
     """Where each split is. A folder given as train brings its own validation and test."""
     given = {name: source for name in ("train", "validation", "test") if (source := getattr(data, name)) is not None}
-    if "train" in given and Path(given["train"]).is_dir():
+    if "train" in given and os.path.isdir(given["train"]):
         given = find_splits(given["train"]) | {name: source for name, source in given.items() if name != "train"}
     return given
 
@@ -193,15 +200,22 @@ def dialect(data: DataSection) -> Dialect:
     return Dialect(data.delimiter, data.encoding, data.quotes, data.label_separator)
 
 
-def encode(task: Task, rows: datasets.Dataset, *, training: bool) -> datasets.Dataset:
+def encode(task: Task, rows: datasets.Dataset, *, training: bool, where: str) -> datasets.Dataset:
     """Tokenize rows into features, in memory.
 
+    Args:
+        where: Names the rows in messages.
+
     Raises:
-        UserError: Nothing is left to learn from or to score.
+        UserError: Rows that the task can not encode; nothing is left to learn from or to score.
     """
-    features = _encoded(task, rows, training=training)
+    try:
+        features = _encoded(task, rows, training=training)
+    except UserError as error:  # a task knows its rows, and not where they are
+        error.where = f"{where}, {error.where}"
+        raise
     if not len(features):
-        raise UserError("no features: every row is empty after tokenization")
+        raise UserError("no features: every row is empty after tokenization", where=where)
     return features
 
 

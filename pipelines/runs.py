@@ -18,7 +18,9 @@ import torch
 import yaml
 
 from heedful import UserError, __version__
-from pipelines.config import RunConfig, validate
+from hub.redaction import hide
+from pipelines.config import read_yaml, validate
+from pipelines.sections import RunConfig
 from sources.files import write_json
 from sources.readers import is_local
 from training import checkpoints
@@ -68,6 +70,11 @@ class Run:
         return self.folder / "config.yaml"
 
     @property
+    def manifest(self) -> Path:
+        """Everything that its figures depend on."""
+        return self.folder / "manifest.json"
+
+    @property
     def metrics(self) -> Path:
         """The final evaluation."""
         return self.folder / "metrics.json"
@@ -88,6 +95,10 @@ class Run:
         Raises:
             UserError: The folder can not be made, or not be written to.
         """
+        if not self.folder.absolute().name or self.folder.resolve() == Path.cwd():
+            raise UserError(
+                "a run's folder that is this one", where=f"output_dir={self.folder}", expected="a folder of its own"
+            )
         try:
             nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
             with TemporaryDirectory(dir=nearest):
@@ -104,7 +115,7 @@ class Run:
         """Create the folder and say in it what will run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-        write_json(self.folder / "manifest.json", dict(manifest))
+        write_json(self.manifest, dict(manifest))
         write_json(self.folder / "audit.json", dict(audit))
 
     def set_aside(self) -> Path | None:
@@ -156,7 +167,7 @@ def _refuse_other_settings(stored: Path, config: RunConfig) -> None:
     """A run that goes on with other settings would be neither of the two."""
     if not stored.is_file():
         raise UserError("no config.yaml beside the checkpoints", where=str(stored))
-    former = validate(yaml.safe_load(stored.read_text(encoding="utf-8")), where=str(stored))  # of an older version, too
+    former = validate(read_yaml(stored), where=str(stored))  # of an older version, too
     before, now = _flat(former.to_dict()), _flat(config.to_dict())
     keys = sorted({*before, *now})
     changed = [
@@ -179,7 +190,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def manifest(
-    config: RunConfig, *, data: Mapping[str, str], assets: list[dict[str, Any]], world_size: int
+    config: RunConfig, *, data: Mapping[str, str], base: str, assets: list[dict[str, Any]], world_size: int
 ) -> dict[str, Any]:
     """Everything that the figures of this run depend on."""
     return {
@@ -187,7 +198,7 @@ def manifest(
         "task": config.task,
         "seed": config.seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": hide(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_clean": _git("status", "--porcelain") == "",
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -198,6 +209,7 @@ def manifest(
             "world_size": world_size,
         },
         "data": dict(data),
+        "base": base,
         "assets": assets,
         "local": [name for name in _named(config) if is_local(name)],
     }
@@ -207,6 +219,35 @@ def _named(config: RunConfig) -> list[str]:
     data, model = config.data, config.model
     given = (model.name, model.tokenizer, data.train, data.validation, data.test)
     return [name for name in given if name is not None]
+
+
+def compare_starts(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Hold the start of a run against the one that it repeats.
+
+    Returns:
+        A line for each circumstance that is another one: versions, machine, commit. With them, or with others, it may
+        well come out otherwise.
+
+    Raises:
+        UserError: It has other data or another base, and so is another run.
+    """
+    # A run of an older version did not say of its base.
+    before, after = ({**m["data"], "the base model": m.get("base", now["base"])} for m in (former, now))
+    if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+        raise UserError(
+            f"changed since that run: {', '.join(changed)}",
+            where="manifest.json",
+            expected="the same files as then, by their sha256",
+            fix="put them back",
+        )
+    parts = [{"": m} | {f"{part}, ": m[part] for part in ("versions", "machine")} for m in (former, now)]
+    own = ("heedful", "git_commit", "git_clean")
+    return [
+        f"! {part}{name}: {parts[0][part].get(name)} then, {value} now"
+        for part, values in parts[1].items()
+        for name, value in values.items()
+        if (part or name in own) and parts[0][part].get(name) != value
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -17,9 +17,9 @@ from attention.options import Plan
 from attention.seam import PLAN
 from heedful import UserError
 from pipelines import building
-from pipelines.config import RunConfig
 from pipelines.preparation import encode, tell
 from pipelines.report import progress_lines
+from pipelines.sections import RunConfig
 from sources.texts import counted
 from training.batches import Batching
 from training.transfer import Agreement, Course, Stage, transfer
@@ -112,7 +112,8 @@ def _held_out(config: RunConfig, data: Prepared) -> tuple[datasets.Dataset, data
     if "validation" in data.rows:
         rows = data.rows["validation"]
         drawn = np.sort(rng.permutation(len(rows))[:MOST_HELD_OUT])
-        return features, encode(data.task, rows.select(drawn), training=True), "of validation"
+        held_out = encode(data.task, rows.select(drawn), training=True, where=data.sources["validation"])
+        return features, held_out, "of validation"
     row_F = np.asarray(features["row"])  # windows of one text go together
     rows_R = rng.permutation(np.unique(row_F))
     held_F = np.isin(row_F, rows_R[: min(MOST_HELD_OUT, int(np.ceil(KEPT_BACK * len(rows_R))))])

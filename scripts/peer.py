@@ -26,15 +26,16 @@ from rich.console import Console
 from torch import nn
 
 from pipelines import building
-from pipelines.config import RunConfig, load
-from pipelines.preparation import build_accelerator, encode, read_splits, split_sources
+from pipelines.config import load
+from pipelines.preparation import build_accelerator, encode, read_splits, split_sources, supports_bf16
 from pipelines.scoring import evaluate_split
+from pipelines.sections import RunConfig
 from sources.assets import ensure
 from tasks.protocol import Task
 from training.batches import epochs
 from training.embeddings import restore_embeddings
 from training.lora import add_lora
-from training.models import Loaded, supports_bf16
+from training.models import Loaded
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -97,7 +98,7 @@ def prepare(config: RunConfig, *, splits: Sequence[str], max_features: int | Non
     ensure([str(config.model.name), *sources.values()], root=Path.cwd(), say=print)
     rows = read_splits(config, sources)
     task = building.build_task(config, rows["train"])
-    features = {name: encode(task, split, training=name == "train") for name, split in rows.items()}
+    features = {name: encode(task, split, training=name == "train", where=name) for name, split in rows.items()}
     if max_features is not None:
         features["train"] = features["train"].select(range(max_features))
     loaded = building.load_base(config, task)

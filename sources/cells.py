@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -158,6 +159,7 @@ def _labels(table: Table, name: str, separator: str | None) -> Cells:
     if types == {str} and separator:
         return _label_lists(table, name, [_split(cell, separator) for cell in cells]), List(TEXT)
     if types == {int, float} or types == {float}:
+        _only(table, name, cells, lambda cell: abs(cell) <= sys.float_info.max, expected="a number of 64 bits")
         return [float(cell) for cell in cells], Value("float64")
     if types in ({str}, {int}, {bool}):
         return _label_names(table, name, [_label_name(cell) for cell in cells]), TEXT

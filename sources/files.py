@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from heedful import UserError
@@ -89,6 +89,12 @@ def writing(folder: Path) -> Iterator[None]:
         raise UserError(f"can not be written: {error.strerror or error}", where=str(folder)) from error
 
 
+def leads_out(name: str) -> bool:
+    """Whether a path that a file names, and which should lie beside it, lies elsewhere."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts
+
+
 def fault(folder: Path) -> str | None:
     """What is wrong with a folder written by ``write_whole``, or None."""
     try:
@@ -98,6 +104,8 @@ def fault(folder: Path) -> str | None:
     if not (isinstance(hashes, dict) and hashes):
         return f"{MANIFEST} is missing or broken"
     for name, expected in hashes.items():
+        if leads_out(name):
+            return f"{MANIFEST} names {name}, which is elsewhere"
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256_of(folder / name) != expected:

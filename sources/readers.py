@@ -10,6 +10,7 @@ A source is one of
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -352,12 +353,12 @@ def _holds_words(path: Path, columns: Sequence[Column], dialect: Dialect) -> boo
 def is_local(source: str) -> bool:
     """Whether a source, or a model, is a file or a folder here, maybe with the name of a split after it."""
     before, colon, _ = source.rpartition(":")
-    return Path(source).exists() or bool(colon and Path(before).is_dir())
+    return os.path.exists(source) or bool(colon and os.path.isdir(before))  # Path.exists raises where it is too long
 
 
 def _locate(source: str) -> tuple[Path | None, str | None]:
     """Path and split of a local source; no path for a data set on the Hub."""
-    if Path(source).exists():
+    if os.path.exists(source):
         return Path(source), None
     if is_local(source):
         before, _, split = source.rpartition(":")
@@ -389,7 +390,15 @@ def _open_folder(path: Path, split: str | None) -> Table:
             expected="a file, or a folder written by save_to_disk",
             fix="name one of the files; data.train=FOLDER alone finds train, validation and test in it",
         )
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # of a file that is lost or broken: OSError, ValueError, KeyError, Arrow's own
+        raise UserError(
+            f"no readable data set: {type(error).__name__}: {error}",
+            where=str(path),
+            expected="the folder as save_to_disk wrote it",
+            fix="save or copy it again",
+        ) from error
     if isinstance(loaded, datasets.Dataset) and split is None:
         return from_dataset(loaded, source=str(path))
     splits = list(loaded) if isinstance(loaded, datasets.DatasetDict) else []

@@ -111,10 +111,6 @@ def decode(data: bytes, encoding: str, path: Path, *, line: int = 1) -> str:
     """
     try:
         return data.decode(encoding).removeprefix("\ufeff")
-    except LookupError:
-        raise UserError(
-            f"unknown encoding {encoding!r}", where="data.encoding", expected="a name that Python knows, e.g. utf-8"
-        ) from None
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         guess = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
@@ -124,6 +120,12 @@ def decode(data: bytes, encoding: str, path: Path, *, line: int = 1) -> str:
             expected=f"{encoding} text",
             fix=f"convert the file to utf-8, or give its encoding (data.encoding={guess}, latin-1, ...), "
             "which then holds for all splits",
+        ) from None
+    except (LookupError, ValueError) as error:  # no such codec, or one that is not for files, such as punycode
+        raise UserError(
+            f"unknown encoding {encoding!r}: {error}",
+            where="data.encoding",
+            expected="a name that Python knows, e.g. utf-8",
         ) from None
 
 
@@ -252,7 +254,8 @@ def read_json(path: Path, dialect: Dialect) -> Table:
     items = content.get("data") if isinstance(content, dict) else content
     if not isinstance(items, list):
         raise UserError(
-            f"a JSON {type(content).__name__}" + (f" with the keys {list(content)[:8]}" if content else ""),
+            f"a JSON {type(content).__name__}"
+            + (f" with the keys {list(content)[:8]}" if content and isinstance(content, dict) else ""),
             where=str(path),
             expected='a list of objects, {"data": [objects]}, or SQuAD\'s form',
             fix="write one object for each row",

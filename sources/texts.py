@@ -1,6 +1,6 @@
 """When two texts count as the same: what the audit looks for, and what keeps the splits of the data sets apart.
 
-And how many there are of something, in words.
+And how things are said in words: how many there are, which, what went wrong.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from functools import cache
 
 
@@ -21,6 +22,19 @@ def counted(number: int | str, plural: str) -> str:
     """``2 rows``, ``1 row``, ``1 entity``."""
     one = re.sub("(?<=ss)es$|(ie)?s$", lambda end: "y" if end[1] else "", plural)
     return f"{number} {one if str(number) == '1' else plural}"
+
+
+def first_few(names: Iterable[object]) -> str:
+    """``a, b, c``, and after the eighth ``...``."""
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, with its type where that alone would be no words."""
+    said = " ".join(str(error).split(":\n")).strip().splitlines()[:1]
+    in_words = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return said[0] if said and in_words else ": ".join([type(error).__name__, *said])
 
 
 @cache

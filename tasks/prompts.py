@@ -87,6 +87,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     except TemplateError as error:  # Gemma's and Mistral's refuse roles that they do not know
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template refuses the roles {roles}: {error}", where="messages") from error
+    except Exception as error:  # of a broken template, whatever Python makes of it
+        raise UserError(f"the chat template fails: {type(error).__name__}: {error}", where="messages") from error
 
 
 def tokenize_pieces(

@@ -58,4 +58,16 @@ def read(folder: Path) -> dict[str, Any]:
             expected="a model folder written by heedful, such as runs/ner/model",
             fix=model_of_run(folder) or "fine-tune it first: `heedful finetune CONFIG model.name=FOLDER`",
         )
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"broken JSON: {error}", where=str(path), fix="fetch or train the model again") from None
+    known = isinstance(content, dict) and content.get("task") in TASKS and isinstance(content.get("settings"), dict)
+    if not known:
+        raise UserError(
+            f"no task of heedful's: {str(content)[:60]}",
+            where=str(path),
+            expected=f'{{"task": ..., "settings": {{...}}}} with one of the tasks {", ".join(TASKS)}',
+            fix="fetch or train the model again",
+        )
+    return content  # type: ignore[no-any-return]

@@ -125,7 +125,7 @@ def attempt(folder, task_name, out, *, lora):
     losses = [run_update(trainee, [batch], features, step=step).loss for step in range(2 if lora else 1)]
     moved = {name for name, parameter in parameters(model) if not torch.equal(before[name], parameter)}
     restore_embeddings(model)
-    differences = export(model, task, out, probes=[batch], base=building.base_of(config, task))
+    differences = export(model, task, out, probes=[batch], base=building.base_of(config, task), base_hash=loaded.sha256)
     _, info = task.auto_class.from_pretrained(out / "model", output_loading_info=True)
     fixed = {name for name in wanted if "embed_positions" in name and loaded.model.config.model_type in SINUSOIDAL}
     return Trial(

@@ -1,8 +1,8 @@
-"""A run that kills itself with SIGKILL at an exact point: `python killed_run.py POINT CONFIG [OVERRIDE ...]`.
+"""A run that kills itself with SIGKILL at an exact point.
 
-POINT is update:N (after update N), file:N:NAME (in the save of step N, after NAME is written), shards:N (in the save of
-step N, after the parts of a sharded model are written), rename:N (the save of step N is whole, the prune has not
-begun), or never. On several ranks every rank dies, as when a machine does.
+The point is update:N (after update N), file:N:NAME (in the save of step N, after NAME is written), shards:N (in the
+save of step N, after the parts of a sharded model are written), rename:N (the save of step N is whole, the prune has
+not begun), or never. On several ranks every rank dies, as when a machine does.
 """
 
 import os
@@ -54,11 +54,12 @@ def arm(point):
         checkpoints.prune = prune
 
 
-if __name__ == "__main__":
-    from pipelines.cli import leave
+def finetune_and_die(log, point, config, overrides):
+    """What is said is left in ``log``."""
     from pipelines.config import load
     from pipelines.finetune import finetune
 
-    arm(sys.argv[1])
-    finetune(load(sys.argv[2], sys.argv[3:]))
-    leave(0)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    arm(point)
+    finetune(load(config, overrides))

@@ -57,6 +57,7 @@ def test_what_is_copied_out_is_one_version(tmp_path, given, monkeypatch):
     assert (shelf / "main/deep/a").read_text() == "2"
 
 
+@pytest.mark.fault("a changed file in a folder that serves as hub", "not handed out")
 def test_what_was_changed_in_it_is_not_handed_out(tmp_path, given):
     hub.put(tmp_path / "shelf", given(a="1"))
     (tmp_path / "shelf/main/deep/a").write_text("2")
@@ -109,6 +110,7 @@ def push_and_die(shelf, files, point):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.fault("`kill -9` of a push into it, anywhere", "the version is whole or not there")
 def test_a_push_is_whole_or_not_there_wherever_it_is_killed(tmp_path, given):
     killed, code = 0, None
     while code != 0:

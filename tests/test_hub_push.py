@@ -21,9 +21,10 @@ from hub import facts
 from hub.cards import card, results_file
 from hub.push import pack
 from hub.redaction import redact, refuse_secrets
-from pipelines.config import TrainSection, load
+from pipelines.config import load
 from pipelines.finetune import finetune
 from pipelines.push import push
+from pipelines.sections import TrainSection
 from sources.files import fault, sha256_of
 
 ROOT = Path(__file__).parent.parent
@@ -244,6 +245,7 @@ def test_nothing_of_this_machine_goes_out(run, hub, trained, cli_run):
     assert json.loads(Path("m/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
+@pytest.mark.fault("a token, a password or a path of this machine in what would be pushed", "refused")
 @pytest.mark.parametrize("found", [CANARY, "/root/secret/model", "https://me:passw0rd@host/x"])
 def test_a_file_with_a_secret_is_refused(found, run, hub, cli_run):
     path = run / "model/generation_config.json"
@@ -309,6 +311,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.fault("the hub fails for a while: 500, 503, 429, a cut connection", "tried again; one whole commit")
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_passing_fault_leaves_one_whole_commit(faults, run, hub):
     hub.faults += faults
@@ -318,6 +321,7 @@ def test_a_passing_fault_leaves_one_whole_commit(faults, run, hub):
     assert hub.api.model_info("me/m", revision="v1").sha == commit
 
 
+@pytest.mark.fault("the hub fails for good", "one message, and nothing is visible there")
 @pytest.mark.parametrize(
     ("kind", "call"), [(500, "POST /api/repos/create"), ("cut", "PUT /lfs"), (507, "POST /api/models/me/m/commit")]
 )
@@ -331,6 +335,7 @@ def test_a_lasting_fault_is_one_message_and_nothing_is_visible(kind, call, run, 
     assert cli_run("push", "runs/run", "me/m", "--yes")[0] == 0, "and again"
 
 
+@pytest.mark.fault("somebody else pushed meanwhile", "refused")
 def test_who_pushed_meanwhile_is_not_overwritten(run, hub, cli_run, monkeypatch):
     push("runs/run", "me/m", yes=True)
     (run / "model/heedful.json").write_text((run / "model/heedful.json").read_text() + "\n")
@@ -367,6 +372,7 @@ def test_an_answer_that_was_lost_is_not_taken_for_somebody_elses_push(run, hub):
     assert len(visible(hub)) == 2
 
 
+@pytest.mark.fault("a download is cut half way", "it goes on")
 def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     hub.faults += [("GET /me/m/resolve/.*model.safetensors", "half")] * 2
@@ -376,6 +382,7 @@ def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     assert sha256_of(Path("m/model.safetensors")) == sha256_of(run / "model/model.safetensors")
 
 
+@pytest.mark.fault("bytes decayed on the hub", "refused by their hash")
 def test_bytes_that_decayed_on_the_hub_are_found(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     object_ = hub.storage.open("models", "me/m").path_of(sha256_of(run / "model/model.safetensors"))
@@ -432,6 +439,7 @@ def test_a_tag_that_can_not_be_is_refused_before_anything_is_sent(run, hub, cli_
     assert (code, "no name for a tag" in log, hub.api.repo_exists("me/m")) == (2, True, False), log
 
 
+@pytest.mark.fault("there is no hub", "one message")
 def test_without_a_hub_there_is_one_message(run, hub, cli_run, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for verb in (("push", "runs/run", "me/m", "--yes"), ("pull", "me/m")):
@@ -452,10 +460,12 @@ def create_commit(self, *given, **words):
     os.kill(os.getpid(), signal.SIGKILL)
 HfApi.create_commit = create_commit
 from pipelines.push import push
+from pipelines.sections import TrainSection
 push("runs/run", "me/m", yes=True)
 """
 
 
+@pytest.mark.fault("`kill -9` of a push", "no half of it is visible; the next push is whole")
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_a_push_that_is_killed_can_be_made_again(before, run, hub):

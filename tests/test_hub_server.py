@@ -238,6 +238,7 @@ ESCAPES = [
 ]
 
 
+@pytest.mark.fault("a path that leads out of a repository of the hub server", "refused")
 @pytest.mark.parametrize("path", ESCAPES)
 def test_no_path_leads_out_of_a_repository(path, hub, api, tmp_path):
     api.create_repo("me/x")
@@ -364,7 +365,7 @@ def test_a_fault_of_the_hub_is_called_one_and_logged(hub, api, caplog):
     api.create_repo("me/x")
     (hub.storage.open("models", "me/x").folder / "repo.json").write_text("{")
     assert call(hub, "GET", "/api/models/me/x?sign=canary")[0] == 500
-    logged = caplog.records[-1]
+    [logged] = [record for record in caplog.records if record.exc_info]
     assert (logged.getMessage(), logged.exc_info[0]) == ("GET /api/models/me/x", json.JSONDecodeError)
 
 
@@ -473,6 +474,7 @@ def commit_and_die(repo, point):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.fault("`kill -9` of the hub server in a commit, anywhere", "the commit is whole or not there")
 def test_a_commit_is_whole_or_not_there_wherever_it_is_killed(tmp_path):
     killed = 0
     while True:
@@ -524,6 +526,7 @@ def test_a_file_can_not_hold_files(tmp_path):
         )
 
 
+@pytest.mark.fault("the disk of the hub server is full", "the client is told")
 def test_a_full_disk_is_said_to_the_client(hub, api, monkeypatch):
     api.create_repo("me/x")
     monkeypatch.setattr(Repo, "keep", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import yaml
+from killed_run import finetune_and_die
+from processes import LIMIT, received, started
 from tiny_families import make_rows, save_body
 
 from training.batches import BlockStart
@@ -51,22 +54,14 @@ def config(tmp_path_factory):
 
 
 def run(config, output_dir, *, point="never", processes=1, overrides=()):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            str(HERE / "killed_run.py"),
-            point,
-            str(config),
-            f"output_dir={output_dir}",
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    """How the first process ended, and what all of them said."""
+    log, deadline = output_dir.with_name(f"{output_dir.name}.log"), time.monotonic() + LIMIT
+    log.write_text("")
+    given = [f"output_dir={output_dir}", *overrides]
+    with started(processes, finetune_and_die, str(log), point, str(config), given) as pairs:
+        endings = [received(pipe, deadline) for _, pipe in pairs]
+    faults = [said for kind, said in endings if kind == "failed"]
+    return SimpleNamespace(returncode=pairs[0][0].exitcode, stderr="\n".join([log.read_text(), *faults]))
 
 
 def facts(folder):
@@ -85,12 +80,16 @@ def facts(folder):
 def finish_through_kills(config, folder, points, *, processes=1, overrides=()):
     for point in points:
         killed = run(config, folder, point=point, processes=processes, overrides=["resume=auto", *overrides])
-        assert killed.returncode == (-signal.SIGKILL if processes == 1 else 1), killed.stderr
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
     assert resumed.returncode == 0, resumed.stderr
     return resumed.stderr
 
 
+@pytest.mark.fault(
+    "`kill -9` within a save, before its rename, and after an update",
+    "`resume=auto` goes on to the same losses and weights, to the bit",
+)
 def test_killed_and_resumed_run_is_bitwise_the_whole_one(config, tmp_path):
     assert run(config, tmp_path / "whole").returncode == 0
     log = finish_through_kills(config, tmp_path / "killed", POINTS[1:4])
@@ -98,12 +97,14 @@ def test_killed_and_resumed_run_is_bitwise_the_whole_one(config, tmp_path):
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
+@pytest.mark.fault("`kill -9` of two processes", "the same, on two processes")
 def test_two_killed_processes_resume_bitwise(config, tmp_path):
     assert run(config, tmp_path / "whole", processes=2).returncode == 0
     finish_through_kills(config, tmp_path / "killed", POINTS[2:3], processes=2)
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
+@pytest.mark.fault("`kill -9` of a run on a stream", "the same, from the row and the block where it stood")
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_stream_goes_on_to_the_bit(processes, config, tmp_path):
@@ -118,6 +119,9 @@ def test_a_killed_stream_goes_on_to_the_bit(processes, config, tmp_path):
     assert position.block == BlockStart(number=7, first_step=12, row=15, passes=2)
 
 
+@pytest.mark.fault(
+    "`kill -9` at each of five points, whole, with LoRA and in 4 bits, on one and two processes", "the same, at each"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("lora", [[], LORA, [*LORA, "model.load_in_4bit=true"]], ids=["full", "lora", "qlora"])
@@ -133,6 +137,7 @@ SHARDED = ["distributed=fsdp2"]
 SHARDED_POINTS = ("update:3", "shards:4", "rename:8", "update:11", "shards:12")
 
 
+@pytest.mark.fault("`kill -9` of a sharded run", "the same, with weights and optimizer in parts")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
@@ -145,6 +150,9 @@ def test_every_kill_point_of_a_sharded_run(config, tmp_path, lora):
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
+@pytest.mark.fault(
+    "a sharded run goes on on one and on three processes", "the same losses but for rounding, and it is said"
+)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_what_two_processes_sharded_others_go_on_with(config, tmp_path):
@@ -177,6 +185,53 @@ def test_sharded_and_not_two_gpus_learn_the_same(config, tmp_path):
     assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-4)
 
 
+@pytest.mark.fault(
+    "the disk is full in a save of two processes", "both end within a minute with one message; it goes on to the bit"
+)
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount a file system")
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp2"])
+def test_a_disk_that_fills_in_a_save_ends_both_processes(distributed, share, config, tmp_path):
+    """There is room for one checkpoint and a part of the next; of the first, only the main process writes."""
+    overrides = [f"distributed={distributed}"]
+    assert run(config, tmp_path / "whole", processes=2, overrides=overrides).returncode == 0
+    newest = newest_whole(tmp_path / "whole/checkpoints", say=pytest.fail)
+    pages = sum(-(-file.stat().st_size // 4096) for file in newest.iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    room = f"size={4 * (12 + round((1 + share) * pages))}k"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", room, "none", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={disk / 'run'}"]
+        began = time.monotonic()
+        full = subprocess.run(
+            [*command, *overrides, "--nproc", "2"],
+            cwd=HERE.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert full.returncode == 2, full.stderr
+        assert "could not be saved" in full.stderr
+        assert "Traceback" not in full.stderr
+        assert time.monotonic() - began < 60
+        assert [path.name for path in (disk / "run/checkpoints").iterdir()] == ["step-4"]
+        assert newest_whole(disk / "run/checkpoints", say=pytest.fail)
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        resumed = run(config, disk / "run", processes=2, overrides=["resume=auto", *overrides])
+        assert resumed.returncode == 0, resumed.stderr
+        assert facts(disk / "run") == facts(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.fault(
+    "a flipped byte in the newest checkpoint",
+    "it is named and passed over; the run goes on from the one before, to the bit",
+)
 @pytest.mark.slow
 def test_flipped_byte_in_the_newest_checkpoint_falls_back_and_says_so(config, tmp_path):
     run(config, tmp_path / "whole")
@@ -190,6 +245,7 @@ def test_flipped_byte_in_the_newest_checkpoint_falls_back_and_says_so(config, tm
     assert facts(tmp_path / "broken") == facts(tmp_path / "whole")
 
 
+@pytest.mark.fault("the best checkpoint is broken", "it is said, and the best of the evaluations to come is kept")
 def test_resume_looks_at_the_best_checkpoint_and_at_the_data_first(config, tmp_path):
     """Else the one is found broken when all is learned, and the other said to be another model."""
     run(config, tmp_path / "run", point="update:13")
@@ -202,12 +258,13 @@ def test_resume_looks_at_the_best_checkpoint_and_at_the_data_first(config, tmp_p
     rows.write_text(text.replace("cat", "unheard", 1))
     changed = run(config, tmp_path / "run", overrides=["resume=auto"])
     rows.write_text(text)
-    assert "the data changed since this checkpoint" in changed.stderr
+    assert "changed since this checkpoint: train" in changed.stderr
     resumed = run(config, tmp_path / "run", overrides=["resume=auto"])
     assert resumed.returncode == 0, resumed.stderr
     assert f"the best checkpoint, {best.name}, is lost (model.safetensors does not match" in resumed.stderr
 
 
+@pytest.mark.fault("SIGTERM", "saves after the update at hand, exit code 143")
 def test_sigterm_saves_and_exits_143(config, tmp_path):
     command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={tmp_path / 'run'}"]
     long = ["train.max_steps=100000", "train.eval_steps=90000", "train.save_steps=90000"]
@@ -222,6 +279,10 @@ def test_sigterm_saves_and_exits_143(config, tmp_path):
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
 
 
+@pytest.mark.fault(
+    "one of two processes is killed, with `--retries`",
+    "the others are stopped; fresh ones go on from the newest checkpoint, to the bit",
+)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [1, 2])

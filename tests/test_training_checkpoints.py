@@ -105,6 +105,10 @@ def test_nothing_frozen_and_nothing_pickled_is_stored(tmp_path):
         json.loads(file.read_text())
 
 
+@pytest.mark.fault(
+    "any file of a checkpoint flipped, cut short, empty or missing",
+    "it is named; `resume=auto` takes the checkpoint before, and nothing of the broken one is loaded",
+)
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flipped first", "flipped middle", "flipped last", "truncated", "empty", "missing"])
 def test_any_damage_is_named_and_passed_over(name, damage, tmp_path):
@@ -140,6 +144,7 @@ def test_a_manifest_that_names_nothing_is_broken(content, tmp_path):
     assert "MANIFEST.json" in fault(path)
 
 
+@pytest.mark.fault("a checkpoint of another model", "refused, naming what differs")
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = Run().train(1).save(tmp_path)
     other = Run()
@@ -238,6 +243,9 @@ write_whole(pathlib.Path(sys.argv[1]) / "step-2", fill)
 """
 
 
+@pytest.mark.fault(
+    "`kill -9` in the middle of a save", "the checkpoints before are whole; what was left is cleared away"
+)
 def test_a_kill_while_saving_leaves_the_former_ones(tmp_path):
     run = Run().train(1)
     first = run.save(tmp_path)
@@ -274,6 +282,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.fault(
+    "the disk is full at each 4 kB of a save", "the checkpoint before loads; nothing half-written is left"
+)
 def test_a_full_disk_leaves_the_former_ones(small_disk):
     run = Run().train(1)
     first = run.save(small_disk)
@@ -294,6 +305,7 @@ def test_a_full_disk_leaves_the_former_ones(small_disk):
     assert len(errors) > 1  # safetensors has an error of its own: catching OSError alone would not do
 
 
+@pytest.mark.fault("a save fails where one checkpoint is kept", "the former one stays until the new one is whole")
 @pytest.mark.parametrize("fails", [True, False])
 def test_old_ones_go_only_after_the_new_one_is_safe(fails, tmp_path, monkeypatch):
     from training import loop

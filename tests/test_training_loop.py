@@ -254,6 +254,7 @@ def one_update(trainee, features, *, step=0, rows=8):
     return run_update(trainee, [trainee.task.collate(examples(features, np.arange(rows)))], features, step=step)
 
 
+@pytest.mark.fault("the loss becomes NaN", "stops before the weights change; exit code 3, naming the rows")
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(optim):
     task, _, features = make_task("classification")

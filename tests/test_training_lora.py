@@ -1,6 +1,7 @@
 """LoRA leaves nothing new untrained and nothing trained unsaved: six families, every task, whatever the head's name."""
 
 import copy
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, make_config, make_decoder_tokenizer, make_task, save_body
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert import BertModel
 
@@ -21,8 +22,8 @@ from heedful import UserError
 from training.batches import examples
 from training.export import _answers, export
 from training.loop import Trainee, run_update
-from training.lora import add_lora, block_linears, owners
-from training.models import load_model
+from training.lora import add_lora, block_linears, open_adapter, owners, save_adapter
+from training.models import load_model, pretrained_hash
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
 TASK_NAMES = ("classification", "ner", "qa")
@@ -68,6 +69,10 @@ def adapted(family, bodies, task, **variant):
     return base, loaded.new, add_lora(loaded.model, loaded.new, r=4, **variant)
 
 
+def hash_of(task, base):
+    return pretrained_hash(load_model(task.auto_class, **base, **task.model_kwargs()))
+
+
 CASES = [(family, task, "lora") for family in FAMILIES for task in TASK_NAMES]
 CASES += [(family, "classification", variant) for family in FAMILIES for variant in ("dora", "rslora")]
 
@@ -86,7 +91,7 @@ def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, ta
 
     probe = task.collate(examples(features, np.arange(8)))
     trained = _answers(copy.deepcopy(model), probe)
-    differences = export(model, task, tmp_path, probes=[probe], base=base)
+    differences = export(model, task, tmp_path, probes=[probe], base=base, base_hash=hash_of(task, base))
     assert set(differences) == {"adapter", "model"}
     assert max(differences.values()) < 1e-5
     # Loaded here by hand too, lest export compared a model with itself.
@@ -100,6 +105,7 @@ def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, ta
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault("a merge that loses the adapter", "refused, and no model is left")
 def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
     """The proof can fail: a merge that loses an adapter is refused, and leaves no model folder."""
     task, _, features = make_task("classification")
@@ -107,8 +113,40 @@ def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
     train(model, task, features, steps=6)
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(UserError, match="answers differently"):
-        export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
+        export(
+            model,
+            task,
+            tmp_path,
+            probes=[task.collate(examples(features, np.arange(8)))],
+            base=base,
+            base_hash=hash_of(task, base),
+        )
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.fault("an adapter on another base of the same shapes", "refused by the base's sha256")
+def test_an_adapter_goes_on_its_own_base_alone(bodies, tmp_path):
+    """PEFT puts it on any model of these shapes. In how many files the base lies is nothing to it."""
+    task, _, _ = make_task("classification")
+    base, _, model = adapted("bert", bodies, task)
+    save_adapter(model, tmp_path / "adapter", base=hash_of(task, base))
+    kind = AutoModelForSequenceClassification
+    own, other = tmp_path / "own", tmp_path / "other"
+    AutoModel.from_pretrained(bodies["bert"]).save_pretrained(own, max_shard_size="10KB")
+    assert len(list(own.glob("*.safetensors"))) > 1
+    shutil.copytree(bodies["bert"], other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["encoder.layer.1.output.dense.bias"][3] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    loaded = load_model(kind, str(own), **task.model_kwargs())
+    open_adapter(loaded.model, tmp_path / "adapter", base=pretrained_hash(loaded))
+    loaded = load_model(kind, str(other), **task.model_kwargs())
+    PeftModel.from_pretrained(copy.deepcopy(loaded.model), tmp_path / "adapter")  # the trap
+    with pytest.raises(UserError, match="an adapter of another base"):
+        open_adapter(loaded.model, tmp_path / "adapter", base=pretrained_hash(loaded))
+    (tmp_path / "adapter/base.json").unlink()
+    with pytest.raises(UserError, match="does not say what it was trained on"):
+        open_adapter(loaded.model, tmp_path / "adapter", base=pretrained_hash(loaded))
 
 
 def test_a_pretrained_head_is_adapted_not_replaced(bodies, tmp_path):
@@ -124,7 +162,14 @@ def test_a_pretrained_head_is_adapted_not_replaced(bodies, tmp_path):
     before = snapshot(model)
     train(model, task, features)
     assert all("lora_" in name for name in changed(before, model))
-    export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
+    export(
+        model,
+        task,
+        tmp_path,
+        probes=[task.collate(examples(features, np.arange(8)))],
+        base=base,
+        base_hash=hash_of(task, base),
+    )
 
 
 def strange_head(name):
@@ -186,7 +231,14 @@ def test_a_renewed_head_is_trained(bodies, tmp_path):
     before = snapshot(model)
     train(model, task, features)
     assert trained_in_full(changed(before, model)) >= set(loaded.new)
-    differences = export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
+    differences = export(
+        model,
+        task,
+        tmp_path,
+        probes=[task.collate(examples(features, np.arange(8)))],
+        base=base,
+        base_hash=hash_of(task, base),
+    )
     assert max(differences.values()) < 1e-5
 
 
@@ -232,7 +284,14 @@ def test_what_an_attention_variant_learns_is_trained_and_saved_with_the_adapter(
     before = snapshot(model)
     train(model, task, features, steps=3)
     assert trained_in_full(changed(before, model)) == set(loaded.new)
-    differences = export(model, task, tmp_path, probes=[task.collate(examples(features, np.arange(8)))], base=base)
+    differences = export(
+        model,
+        task,
+        tmp_path,
+        probes=[task.collate(examples(features, np.arange(8)))],
+        base=base,
+        base_hash=hash_of(task, base),
+    )
     assert max(differences.values()) < 1e-5
     stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {name for name in brought if f"base_model.model.{name}" in stored} == brought
@@ -267,7 +326,12 @@ def test_new_tokens_of_a_tied_model_are_trained_on_both_sides(tmp_path):
     assert not torch.equal(head, before)
     torch.testing.assert_close(words, head)
     differences = export(
-        wrapped, task, tmp_path / "run", probes=[task.collate(examples(features, np.arange(4)))], base=base
+        wrapped,
+        task,
+        tmp_path / "run",
+        probes=[task.collate(examples(features, np.arange(4)))],
+        base=base,
+        base_hash=hash_of(task, base),
     )
     assert max(differences.values()) < 1e-5
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")

@@ -119,9 +119,7 @@ def test_linear_with_warmup_by_hand():
 @pytest.mark.parametrize(("decay_steps", "expected"), [(0.2, 5), (8.0, 8)])
 def test_warmup_stable_decay_is_that_of_trainer(decay_steps, expected):
     one, other = make_optimizer(), make_optimizer()
-    ours = build_scheduler(
-        "warmup_stable_decay", one, warmup_steps=0.1, num_training_steps=25, decay_steps=decay_steps
-    )
+    ours = build_scheduler("warmup_stable_decay", one, warmup_steps=0.1, num_training_steps=25, decay_steps=decay_steps)
     theirs = transformers.get_wsd_schedule(other, 3, expected, 25)
     seen = rates(one, ours, 25)
     assert seen == rates(other, theirs, 25)

@@ -1,6 +1,7 @@
 """4 bits under LoRA: bitsandbytes' own numbers as the oracle, and what is trained is what is saved."""
 
 import json
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import numpy as np
@@ -27,7 +28,7 @@ from training.export import _answers, export
 from training.footprint import activation_bytes, measure
 from training.loop import run_update
 from training.lora import add_lora, linears_of_blocks
-from training.models import load_model
+from training.models import load_model, pretrained_hash
 from training.quantization import FourBitLinear, FourBits, elements, in_four_bits, merge, quantize
 
 TASK_OF = {"llama": "generation", "qwen3": "generation", "gpt2": "generation", "t5": "summarization"}
@@ -51,6 +52,7 @@ def load(family, bodies, four_bits=NF4, *, attention=None):
     task, _, features = make_task(TASK_OF.get(family, "classification"), family, count=48)
     torch.manual_seed(0)
     loaded = load_model(task.auto_class, bodies(family), attention=attention, **task.model_kwargs())
+    loaded = replace(loaded, sha256=pretrained_hash(loaded))
     if four_bits is not None:
         quantize(loaded.model, loaded.new, four_bits)
     return task, features, loaded
@@ -184,7 +186,15 @@ def test_what_was_trained_is_what_is_saved(family, four_bits, lora, bodies, tmp_
     delta = {
         name: layer.get_delta_weight("default") for name, layer in model.named_modules() if hasattr(layer, "lora_A")
     }
-    differences = export(model, task, tmp_path, probes=[batch], base={"name": bodies(family)}, four_bits=four_bits)
+    differences = export(
+        model,
+        task,
+        tmp_path,
+        probes=[batch],
+        base={"name": bodies(family)},
+        base_hash=loaded.sha256,
+        four_bits=four_bits,
+    )
     assert differences["adapter"] < 1e-6
     assert differences["model"] < 1e-5
     config = json.loads((tmp_path / "model/config.json").read_text())
@@ -319,5 +329,13 @@ def test_on_a_gpu_it_answers_and_is_saved_as_on_the_cpu(four_bits, bodies, tmp_p
     expected = _answers(model, batch)
     for ours, theirs in zip(_answers(model.cuda(), batch), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    differences = export(model, task, tmp_path, probes=[batch], base={"name": bodies("llama")}, four_bits=four_bits)
+    differences = export(
+        model,
+        task,
+        tmp_path,
+        probes=[batch],
+        base={"name": bodies("llama")},
+        base_hash=loaded.sha256,
+        four_bits=four_bits,
+    )
     assert max(differences.values()) < 1e-3

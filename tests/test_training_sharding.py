@@ -145,6 +145,9 @@ def main(folder, cases):
     accelerator.wait_for_everyone()
 
 
+@pytest.mark.fault(
+    "the disk of one of two processes is full, of a sharded run", "both learn of it and end with a message"
+)
 @pytest.mark.parametrize("cases", [FEW, pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["few", "all"])
 def test_two_processes_with_half_a_model_each_do_as_one_does(cases, tmp_path):
     """One launch for all checks, since most of its time is the start of the processes."""

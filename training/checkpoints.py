@@ -48,6 +48,8 @@ class Position:
     world_size: int = 1
     data: dict[str, str] = field(default_factory=dict)
     """Hashes of the files or data sets that the splits were read from."""
+    base: str = ""
+    """Hash of the pretrained weights (``training.models.pretrained_hash``)."""
     block: BlockStart = field(default_factory=BlockStart)
     """Of the last update."""
 
@@ -158,9 +160,18 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRSch
 
 
 def read_position(path: Path) -> Position:
-    """Where the run stood when it wrote this checkpoint."""
+    """Where the run stood when it wrote this checkpoint.
+
+    Raises:
+        UserError: Another version wrote it, that knew other things of a run.
+    """
     stored = json.loads((path / "position.json").read_text())
-    return Position(**stored | {"block": BlockStart(**stored["block"])})
+    try:
+        return Position(**stored | {"block": BlockStart(**stored["block"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"position.json of another version of heedful: {error}", where=str(path), fix="resume=none starts anew"
+        ) from None
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -187,7 +198,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
     """Every tensor of a checkpoint, in however many files: weights, and optimizer state as ``parameter|key``."""
-    return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    try:
+        return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    except Exception as error:  # of what is no safetensors, whatever Python makes of it
+        raise UserError(f"no readable safetensors: {error}", where=str(path), fix="resume=none starts anew") from error
 
 
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:

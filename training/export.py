@@ -18,7 +18,7 @@ from tasks.batching import model_inputs
 from tasks.protocol import Batch, Task
 from tasks.saved import save_task
 from training.lora import open_adapter, save_adapter
-from training.models import load_model
+from training.models import load_model, pretrained_hash
 from training.quantization import FourBits, merge, quantize
 
 MERGE_TOLERANCE = 1e-3
@@ -32,6 +32,7 @@ def export(
     *,
     probes: Sequence[Batch],
     base: dict[str, Any],
+    base_hash: str,
     four_bits: FourBits | None = None,
 ) -> dict[str, float]:
     """Write ``folder/model`` (and ``folder/adapter`` with LoRA), reload both, and compare their answers.
@@ -40,19 +41,20 @@ def export(
         model: The trained model without wrappers; a PeftModel is merged in place, and one in 4 bits emptied.
         probes: Batches to compare answers on, best with padding and without.
         base: Arguments of ``load_model`` that gave the model its start, to load the adapter on.
+        base_hash: ``pretrained_hash`` of what that gave, for the adapter to know its base by.
         four_bits: How the linear layers of the blocks were held then.
 
     Returns:
         For each folder the largest difference of the logits, relative to their largest size.
 
     Raises:
-        UserError: A reloaded model answers differently.
+        UserError: A reloaded model answers differently, or the base was changed meanwhile.
     """
     trained = _answers(model, *probes)
     differences: dict[str, float] = {}
     if isinstance(model, PeftModel):
         adapter: PeftModel = model
-        write_whole(folder / "adapter", lambda aside: save_adapter(adapter, aside))
+        write_whole(folder / "adapter", lambda aside: save_adapter(adapter, aside, base=base_hash))
         again = _answers(_with_adapter(task, folder / "adapter", base, four_bits).to(model.device), *probes)
         differences["adapter"] = _difference(trained, again)
         model = adapter.merge_and_unload() if four_bits is None else merge(adapter.cpu())
@@ -73,9 +75,10 @@ def export(
 
 def _with_adapter(task: Task, adapter: Path, base: dict[str, Any], four_bits: FourBits | None) -> PeftModel:
     loaded = load_model(task.auto_class, **base, **task.model_kwargs())
+    found = pretrained_hash(loaded)
     if four_bits is not None:
         quantize(loaded.model, loaded.new, four_bits)
-    return open_adapter(loaded.model, adapter)
+    return open_adapter(loaded.model, adapter, base=found)
 
 
 def _write_model(model: Any, task: Task, folder: Path) -> None:

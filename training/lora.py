@@ -24,6 +24,8 @@ from heedful import UserError
 from sources.files import write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+BASE = "base.json"
+"""Beside an adapter: the hash of the weights that it was trained on, which PEFT neither writes nor asks for."""
 OTHER_ATTENTION = "LORA over an attention of heedful's: take the merged model/ that was saved beside this adapter/"
 
 # PEFT 0.21 asks each model for an attribute that transformers 5.23 has renamed; nothing of it concerns the user.
@@ -91,20 +93,41 @@ def add_lora(
     return wrapped
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save what was trained; over another attention under a kind of adapter that PEFT does not know.
+def save_adapter(model: PeftModel, folder: Path, *, base: str) -> None:
+    """Save what was trained, and what it was trained on; over another attention as a kind that PEFT does not know.
 
     PEFT puts an adapter on any model of the same shapes. On the model that this one's base was made of, it would run
     with full attention, and nobody would know.
+
+    Args:
+        base: ``training.models.pretrained_hash`` of the base.
     """
     model.save_pretrained(folder)
+    write_json(folder / BASE, {"sha256": base})
     if stored_plan(model.get_base_model()) is not None:
         path = folder / ADAPTER_CONFIG
         write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"peft_type": OTHER_ATTENTION})
 
 
-def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter on the base that it was trained on, with that one's attention."""
+def open_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PeftModel:
+    """Put a saved adapter on the base that it was trained on, with that one's attention.
+
+    Args:
+        base: ``training.models.pretrained_hash`` of that base, taken before anything was done to it.
+
+    Raises:
+        UserError: It is another base, if only by one number, or the adapter does not say which it was.
+    """
+    if not (folder / BASE).is_file():
+        raise UserError("an adapter that does not say what it was trained on", where=str(folder), expected=BASE)
+    trained_on = json.loads((folder / BASE).read_text(encoding="utf-8"))["sha256"]
+    if base != trained_on:
+        raise UserError(
+            f"an adapter of another base: the weights of this one have the sha256 {base[:12]}...",
+            where=str(folder),
+            expected=f"{trained_on[:12]}..., as {BASE} says",
+            fix="open it on the base that it was trained on, or take the merged model/ beside it",
+        )
     values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) | {"peft_type": PeftType.LORA}
     return PeftModel.from_pretrained(model, folder, config=LoraConfig.from_peft_type(**values))
 

@@ -57,13 +57,14 @@ def build_scheduler(
 
     Args:
         warmup_steps: Below 1 a share of all steps, as in TrainingArguments.
-        decay_steps: The same for the end of ``warmup_stable_decay`` (Hu et al. 2024, MiniCPM, section 4); no other
-            schedule reads it.
+        decay_steps: The same, rounded down, for the end of ``warmup_stable_decay`` (Hu et al. 2024, MiniCPM, section 4);
+            no other schedule reads it.
 
     Raises:
         UserError: Warm-up and decay are longer than the run.
     """
-    warmup, decay = _steps(warmup_steps, num_training_steps), _steps(decay_steps, num_training_steps)
+    warmup = ceil(warmup_steps * num_training_steps) if warmup_steps < 1 else int(warmup_steps)
+    decay = int(decay_steps * num_training_steps if decay_steps < 1 else decay_steps)
     extra = {}
     if name == "warmup_stable_decay":
         if warmup + decay > num_training_steps:
@@ -80,8 +81,3 @@ def build_scheduler(
         num_training_steps=num_training_steps,
         scheduler_specific_kwargs=extra,
     )
-
-
-def _steps(wanted: float, total: int) -> int:
-    """A number of steps, or the share of ``total`` that a number below 1 means, rounded up."""
-    return ceil(wanted * total) if wanted < 1 else int(wanted)

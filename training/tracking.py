@@ -1,15 +1,23 @@
-"""Where the figures of a run go: history.jsonl always, a live line or plain lines, wandb when asked."""
+"""Where the figures of a run go: history.jsonl always, a live line or plain lines, other trackers when asked."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import yaml
+from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+from huggingface_hub import constants
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -20,10 +28,13 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Another place for the figures, such as a wandb run."""
+    """Another place for the figures, as Accelerate's trackers are."""
 
-    def log(self, data: dict[str, Any], step: int) -> None:
-        """Record the figures of one step."""
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Record figures of one step."""
+
+    def finish(self) -> None:
+        """Write out what is left, and let go."""
 
 
 class Tracker:
@@ -98,10 +109,17 @@ class Tracker:
         self.say(f"step {step}  evaluation: {shown}{'  (best so far)' if best else ''}")
         self._window_tokens, self._window_start = 0, time.monotonic()  # an evaluation is not training time
 
-    def _record(self, step: int, epoch: float, values: dict[str, float]) -> None:
+    def close(self) -> None:
+        """Finish the other places. After a fault they are left to their own exit hooks, which see its exit code."""
+        with redirect_stdout(io.StringIO()):  # trackio's words
+            for sink in self._sinks:
+                sink.finish()
+
+    def _record(self, step: int, epoch: float, figures: dict[str, float]) -> None:
         assert self._history is not None
+        values = {"epoch": round(epoch, 4), **figures}
         with self._history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}) + "\n")
         for sink in self._sinks:
             sink.log(values, step=step)
 
@@ -124,24 +142,114 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def wandb_sinks(
-    mode: Literal["off", "offline", "online"], *, project: str, folder: Path, config: dict[str, Any]
-) -> tuple[Sink, ...]:
-    """A Weights & Biases run, if one is asked for.
-
-    Args:
-        mode: ``off``, ``offline`` or ``online``.
-        folder: Where wandb keeps its files.
+def require_installed(trackers: Mapping[str, str]) -> None:
+    """Find out before the work whether the libraries are there.
 
     Raises:
-        UserError: wandb is not installed.
+        UserError: One is not.
     """
-    if mode == "off":
-        return ()
+    for name in trackers:
+        if find_spec(name) is None:
+            fix = f"pip install -e '.[{name}]', or pip install {name}"
+            raise UserError(f"{name} is not installed", where=f"tracking.{name}", fix=fix)
+
+
+def open_sinks(
+    trackers: Mapping[str, str], *, project: str, folder: Path, history: Path, config: dict[str, Any]
+) -> tuple[Sink, ...]:
+    """Open the trackers, each with what history.jsonl holds already.
+
+    Whatever a killed run recorded beyond its checkpoint is gone from there, and so no step stands twice anywhere: wandb
+    and trackio could not take it back.
+
+    Args:
+        trackers: By name, ``wandb``, ``tensorboard`` or ``trackio``, how: ``offline`` or ``online``.
+        folder: Of the run; they write below it alone.
+        config: Without secrets.
+
+    Raises:
+        UserError: A tracker does not start.
+    """
+    sinks = tuple(_OPEN[name](project, folder, config, mode) for name, mode in trackers.items())
+    for line in history.read_text(encoding="utf-8").splitlines() if history.is_file() else ():
+        values = json.loads(line)
+        step = values.pop("step")
+        for sink in sinks:
+            sink.log(values, step=step)
+    return sinks
+
+
+def _open_wandb(project: str, folder: Path, config: dict[str, Any], mode: str) -> Sink:
+    import wandb
+
+    # The logs of its service would lie in the home folder.
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder.absolute() / "wandb"))
+    # Output and metadata may hold secrets: metadata is the command line, paths, and where git pushes to.
+    settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True, program="heedful")
+    tracker = WandBTracker(project, name=folder.name, dir=str(folder), mode=mode, config=config, settings=settings)
     try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb is not installed", where=f"tracking.wandb={mode}", fix="pip install wandb") from error
-    settings = wandb.Settings(console="off", silent=True)  # stdout and the command line may hold secrets
-    run = wandb.init(mode=mode, project=project, name=folder.name, dir=folder, config=config, settings=settings)
-    return (run,)
+        tracker.start()
+    except wandb.errors.Error as error:
+        raise UserError(
+            str(error),
+            where=f"tracking.wandb={mode}",
+            fix="`wandb login`, or WANDB_API_KEY in the environment; tracking.wandb=offline needs neither",
+        ) from error
+    return tracker  # type: ignore[no-any-return]
+
+
+def _open_tensorboard(project: str, folder: Path, config: dict[str, Any], mode: str) -> Sink:
+    tracker = TensorBoardTracker("", _emptied(folder / "tensorboard"))
+    tracker.start()
+    # Its own store_init_configuration takes no nested values, and makes a second run of them, named by the time.
+    text = yaml.safe_dump({"project": project, **config}, sort_keys=False)
+    tracker.log({"config": "".join(f"    {line}\n" for line in text.splitlines())}, step=0)
+    return tracker  # type: ignore[no-any-return]
+
+
+def _open_trackio(project: str, folder: Path, config: dict[str, Any], mode: str) -> Sink:
+    elsewhere = [name for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if name in os.environ]
+    if elsewhere:
+        raise UserError(
+            f"{elsewhere[0]} is set, and the run would be sent there",
+            where="tracking.trackio",
+            expected=f"a run that stays in {folder}",
+            fix=f"unset {elsewhere[0]}",
+        )
+    if "trackio" in sys.modules:
+        raise UserError(
+            "trackio was opened in this process already, and keeps to one folder",
+            where="tracking.trackio",
+            fix="a process for each run",
+        )
+    os.environ["TRACKIO_DIR"] = str(_emptied(folder / "trackio").absolute())  # read when it is imported
+    import trackio
+
+    # It would sample the machine, too.
+    quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    tracker = TrackioTracker(project, name=folder.name, config=config, **quiet)
+    try:
+        with _hub_offline(), redirect_stdout(io.StringIO()):
+            tracker.start()
+    except ValueError as error:
+        raise UserError(str(error), where=f"tracking.project={project}") from error
+    return trackio  # its own finish forgets the run, else another would come at exit
+
+
+_OPEN = {"wandb": _open_wandb, "tensorboard": _open_tensorboard, "trackio": _open_trackio}
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+@contextmanager
+def _hub_offline() -> Iterator[None]:
+    """Within, no token goes to the Hub: trackio asks it for the name of its user, for a local run too."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

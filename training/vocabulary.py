@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from heedful import UserError
 from sources.files import write_whole
-from training.models import load_tokenizer
+from training.tokenizers import load_tokenizer
 
 Kind = Literal["bpe", "wordpiece", "unigram"]
 SEQ2SEQ = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

@@ -16,7 +16,8 @@ from transformers import (
 
 from attention.seam import PLAN
 from heedful import UserError
-from training.models import Loaded, load_config, load_model, token_ids
+from training.configurations import load_config, token_ids
+from training.models import Loaded, load_model
 from training.positions import Wanted
 
 
@@ -61,7 +62,13 @@ def join_encoders(
         # The pooler would take no part in the loss, and data parallelism waits for every gradient.
         encoder = load_model(AutoModel, name, add_pooling_layer=False, positions=positions, **where)
         decoder = load_model(
-            AutoModelForCausalLM, name, is_decoder=True, add_cross_attention=True, positions=positions, **where
+            AutoModelForCausalLM,
+            name,
+            is_decoder=True,
+            add_cross_attention=True,
+            initializer_range=config.decoder.hidden_size**-0.5,  # of what is new: normalized states keep their scale
+            positions=positions,
+            **where,
         )
     except TypeError as error:
         raise UserError(

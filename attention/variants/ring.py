@@ -18,7 +18,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from attention.bias import bias_between
-from attention.engine import Meeting, Tiles, attend_along, dropping
+from attention.engine import KeyBlock, Tiles, attend_to_stream, dropping
 from attention.masks import LazyMask
 from attention.options import RingOptions
 from attention.ring import Shards, Stretch
@@ -96,12 +96,12 @@ def ring_attention(
     if bias is not None and (bias.shape[1] + 1 != 2 * length if bias.ndim == 2 else bias.shape[2:] != (length, length)):
         raise ValueError(f"a bias of the shape {tuple(bias.shape)} in a ring, for a text of {length} tokens")
     dropped, seed = dropping(scoring)
-    course = _Course(shards, mask, dropped, scoring.softcap, seed, tile_side(query[:, :, 0, 0].numel()))
-    return attend_along(query, key, value, scoring, course, dropped)
+    stream = _Ring(shards, mask, dropped, scoring.softcap, seed, tile_side(query[:, :, 0, 0].numel()))
+    return attend_to_stream(query, key, value, scoring, stream)
 
 
 @dataclass(frozen=True)
-class _Course:
+class _Ring:
     """Once round the ring; fields as of ``attention.engine.Tiles``, and the side of a tile."""
 
     shards: Shards
@@ -111,16 +111,16 @@ class _Course:
     seed: int
     tile: int
 
-    def around(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[Meeting]]]:
+    def blocks(self, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Iterable[KeyBlock]]]:
         """The keys and values of each process."""
         for source, (key_then, value_then) in self.shards.ring.around(key, value):
-            yield key_then, value_then, self._meetings(source)
+            yield key_then, value_then, self._blocks_of(source)
 
-    def handed_on(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
+    def pass_on_grads(self, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, ...]:
         """What keys and values are owed goes with them."""
-        return self.shards.ring.handed_on(dkey, dvalue)
+        return self.shards.ring.pass_on(dkey, dvalue)
 
-    def _meetings(self, source: int) -> Iterator[Meeting]:
+    def _blocks_of(self, source: int) -> Iterator[KeyBlock]:
         """Which pieces see which, of the keys of one process."""
         ring, pattern = self.shards.ring, Everything()
         pairs = list(product(self.shards.pieces(ring.rank), self.shards.pieces(source)))
@@ -132,7 +132,7 @@ class _Course:
                 seed = self.seed + ((source * len(ring.held[0]) ** 2 + number) << 20)
                 tiles = Tiles(self.mask.part(queries, keys), tuple(visits), self.dropped, self.softcap, seed)
                 bias = partial(bias_between, queries=queries, keys=keys, all_queries=self.shards.length)
-                yield Meeting(own, theirs, tiles, bias)
+                yield KeyBlock(own, theirs, tiles, bias)
 
 
 def make(options: RingOptions, site: Site) -> RingAttention:

@@ -1,0 +1,76 @@
+"""What can go wrong, what heedful does then, and which test shows it: docs/reliability.md, from the tests themselves.
+
+Rows are the tables of bad_inputs.py, and every test that is marked ``fault("what goes wrong", "what heedful does")``.
+Run as a script, it writes the page:
+
+    make reliability
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from bad_inputs import KINDS  # noqa: E402 # which imports from the rooms, as pytest lets it
+
+INTRO = """# Everything that can go wrong
+
+One row a fault: what is done, what heedful does, which test shows it. Made from the tests' own tables by
+
+    make reliability
+
+and `make test` fails where this page is not what they say. Tests marked slow run under `make verify`.
+"""
+RUNS = """## While it runs
+
+| what goes wrong | what heedful does | shown by |
+| --- | --- | --- |"""
+REFUSED = """## Bad inputs
+
+Each is a row of `tests/bad_inputs.py` that `tests/test_pipelines_bad_inputs.py` puts through the command line. It ends
+with exit code 2 and one message, without a traceback, before the first update; no file of the project has changed, and
+none is new. The message holds the words on the right. An attack is run twice, once at a terminal: its payload would
+make a file, and makes none. Of those that have no effect, the command ends with 0.
+"""
+
+
+def marked():
+    """(what goes wrong, what heedful does, test, whether it is slow) of each marked test, in the files' order."""
+    for path in sorted(HERE.glob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            marks = {_name(mark): mark for mark in getattr(node, "decorator_list", [])}
+            if "pytest.mark.fault" in marks:
+                done, does = (argument.value for argument in marks["pytest.mark.fault"].args)
+                yield done, does, f"{path.name}::{node.name}", "pytest.mark.slow" in marks
+
+
+def _name(mark):
+    return ast.unparse(mark.func if isinstance(mark, ast.Call) else mark)
+
+
+def document():
+    lines = [INTRO, RUNS]
+    for done, does, test, slow in marked():
+        lines.append(f"| {done} | {does} | `{test}`{' (slow)' if slow else ''} |")
+    lines += ["", REFUSED]
+    for kind, table in KINDS.items():
+        lines += [
+            f"### {kind.capitalize()}: {len(table)}",
+            "",
+            "| what is handed in | what the message says |",
+            "| --- | --- |",
+        ]
+        lines += [f"| {name} | {', '.join(map(_quoted, bad.said))} |" for name, bad in table.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _quoted(words):
+    plain = words if words == "no effect" else f"`` {words.strip()} ``" if "`" in words else f"`{words.strip()}`"
+    return plain.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(document(), encoding="utf-8")
