@@ -106,8 +106,10 @@ def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console:
 
 
 def _assets_of_run(model: Path) -> list[dict[str, Any]]:
+    if not os.path.isfile(model / saved.FILE):  # unlike Path.is_file, no error where a name is too long for a file
+        return []
     manifest = model.resolve().parent / "manifest.json"
-    if not ((model / saved.FILE).is_file() and manifest.is_file()):
+    if not manifest.is_file():
         return []
     return json.loads(manifest.read_text(encoding="utf-8")).get("assets", [])  # type: ignore[no-any-return]
 

@@ -353,7 +353,8 @@ def _holds_words(path: Path, columns: Sequence[Column], dialect: Dialect) -> boo
 def is_local(source: str) -> bool:
     """Whether a source, or a model, is a file or a folder here, maybe with the name of a split after it."""
     before, colon, _ = source.rpartition(":")
-    return os.path.exists(source) or bool(colon and os.path.isdir(before))  # Path.exists raises where it is too long
+    # Unlike those of Path these give no error where a name is too long for a file.
+    return os.path.exists(source) or bool(colon and os.path.isdir(before))
 
 
 def _locate(source: str) -> tuple[Path | None, str | None]:
