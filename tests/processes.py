@@ -64,6 +64,7 @@ def _run(rank, world_size, port, pipe, function, arguments):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "localhost"}
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own, for a loader's workers
     try:
         pipe.send_bytes(pickle.dumps(("done", function(*arguments))))  # a tensor as it is, not by a shared file
     except BaseException:
