@@ -60,6 +60,10 @@ def killed(config, folder, overrides, *, processes, after):
     return not ended
 
 
+@pytest.mark.fault(
+    "kill -9 at 20 random moments of every task, on one and two processes, with no and two loader workers",
+    "the run goes on to the same losses, metrics and weights, to the bit",
+)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [0, 2])
