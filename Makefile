@@ -63,7 +63,7 @@ config: .venv/.ready  ## Print the resolved configuration of TASK with every def
 test: .venv/.ready  ## Run the tests (under 10 minutes on 2 cores)
 	$(BIN)/pytest -m "not slow" -n 2
 
-verify: .venv/.ready  ## Run the slower proofs too: kill -9 at many points, every family with every task (half an hour)
+verify: .venv/.ready  ## Run the slower proofs too: kill -9 at many points, every family with every task (an hour)
 	$(BIN)/pytest -n 2
 
 check: lint test  ## Format, lint, types and tests, without changing a file
