@@ -7,7 +7,7 @@ accelerator.prepare -> resume -> train
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
@@ -25,34 +24,27 @@ from hub.redaction import redacted
 from pipelines import building, runs
 from pipelines.baselines import described, merged, score_baselines, score_before_training
 from pipelines.preparation import (
+    Prepared,
     build_accelerator,
     build_console,
-    encode,
-    fetch_assets,
     fingerprints,
-    pin_stream,
-    read_splits,
-    split_sources,
+    prepare,
     stream_blocks,
     tell,
 )
-from pipelines.report import learned_tokens, progress_lines, show_end
+from pipelines.report import progress_lines, show_end
 from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
 from pipelines.sections import RunConfig
 from pipelines.transfer import recover
-from sources.audit import Audit, audit, check, summary
 from sources.files import fault, write_json
 from sources.texts import counted
-from tasks import TASKS
-from tasks.protocol import Task
 from training import checkpoints
 from training.batches import Batching, Block, epochs, examples
 from training.checkpoints import Position
 from training.embeddings import restore_embeddings
 from training.export import export
 from training.loop import Schedule, Trainee, train
-from training.models import Loaded
 from training.sharding import is_sharded
 from training.tracking import Tracker, open_sinks, require_installed, truncate_history
 
@@ -66,22 +58,6 @@ class Score(Protocol):
     def __call__(self, split: str, *, intervals: bool = False) -> dict[str, Any]:
         """Score; ``intervals`` adds those of confidence."""
         ...
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The data of a run, audited, and the model that fits it; every dict is keyed by split.
-
-    Of a stream it is the first block.
-    """
-
-    task: Task
-    loaded: Loaded
-    sources: dict[str, str]
-    rows: dict[str, datasets.Dataset]
-    features: dict[str, datasets.Dataset]
-    assets: list[dict[str, Any]]
-    audited: Audit
 
 
 def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, console: Console | None = None) -> Path:
@@ -155,47 +131,6 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
         show_end(console, metrics, baselines, folder=str(run.folder), task=task.name, columns=columns)
     accelerator.wait_for_everyone()
     return run.folder
-
-
-def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Prepared:
-    """Fetch and read the data, load the model, and only then, since it may take long, encode and audit the data.
-
-    Raises:
-        UserError: It can not be learned from as it is, by this model, or exceeds a limit that the user set.
-    """
-    sources = split_sources(config.data)
-    if "train" not in sources:
-        raise UserError("no training data", where="data.train", fix="name it: data.train=FILE")
-    assets = fetch_assets([config.model.name, config.model.tokenizer, *sources.values()], accelerator, console)
-    sources = pin_stream(sources, accelerator) if config.data.streaming else sources
-    rows = read_splits(config, sources)
-    try:
-        task = building.build_task(config, rows["train"])
-    except UserError as error:  # a task knows its rows, and not where they are
-        error.where = error.where.replace("data.train", sources["train"])
-        raise
-    for split in rows:
-        task.check(rows[split], where=sources[split])
-    loaded = building.load_base(config, task)
-    features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
-    audited = audit(
-        rows,
-        columns=TASKS[config.task].columns,
-        lengths={split: features[split]["length"] for split in rows},
-        losses={split: task.account(features[split], rows[split]) for split in rows},
-    )
-    tell(console, *summary(audited))
-    if config.data.streaming:
-        first = counted(f"{len(rows['train']):,}", "rows")
-        tell(
-            console,
-            "train is a stream: labels, their weights, the audit with its limits and the baselines are those of its "
-            f"first {first}; the rest is read, checked and shuffled in blocks of as many",
-        )
-    if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
-        console.print(shown)
-    check(audited, building.audit_limits(config))
-    return Prepared(task, loaded, sources, rows, features, assets, audited)
 
 
 def scorer(config: RunConfig, data: Prepared, trainee: Trainee, console: Console) -> Score:

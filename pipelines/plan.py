@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import building
-from pipelines.finetune import be_deterministic, prepare
-from pipelines.preparation import build_accelerator, build_console, tell
+from pipelines.finetune import be_deterministic
+from pipelines.preparation import build_accelerator, build_console, prepare, tell
 from pipelines.sections import RunConfig
 from sources.texts import counted
 from training.batches import epoch_batches, examples, micro_batches, rank_share

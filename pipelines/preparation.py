@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,18 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from heedful import UserError
+from pipelines import building
+from pipelines.report import learned_tokens
 from pipelines.sections import DataSection, RunConfig
 from sources.assets import ensure, record
+from sources.audit import Audit, audit, check, summary
 from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect
+from sources.texts import counted
 from tasks import TASKS, saved
 from tasks.protocol import Task
 from training.batches import Batching, Block, BlockStart
+from training.models import Loaded
 
 ENCODE_BATCH = 1000
 
@@ -92,6 +97,63 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, entry: logging.LogRecord) -> None:
         tell(self._console, entry.getMessage())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, audited, and the model that fits it; every dict is keyed by split.
+
+    Of a stream it is the first block.
+    """
+
+    task: Task
+    loaded: Loaded
+    sources: dict[str, str]
+    rows: dict[str, datasets.Dataset]
+    features: dict[str, datasets.Dataset]
+    assets: list[dict[str, Any]]
+    audited: Audit
+
+
+def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Prepared:
+    """Fetch and read the data, load the model, and only then, since it may take long, encode and audit the data.
+
+    Raises:
+        UserError: It can not be learned from as it is, by this model, or exceeds a limit that the user set.
+    """
+    sources = split_sources(config.data)
+    if "train" not in sources:
+        raise UserError("no training data", where="data.train", fix="name it: data.train=FILE")
+    assets = fetch_assets([config.model.name, config.model.tokenizer, *sources.values()], accelerator, console)
+    sources = pin_stream(sources, accelerator) if config.data.streaming else sources
+    rows = read_splits(config, sources)
+    try:
+        task = building.build_task(config, rows["train"])
+    except UserError as error:  # a task knows its rows, and not where they are
+        error.where = error.where.replace("data.train", sources["train"])
+        raise
+    for split in rows:
+        task.check(rows[split], where=sources[split])
+    loaded = building.load_base(config, task)
+    features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
+    audited = audit(
+        rows,
+        columns=TASKS[config.task].columns,
+        lengths={split: features[split]["length"] for split in rows},
+        losses={split: task.account(features[split], rows[split]) for split in rows},
+    )
+    tell(console, *summary(audited))
+    if config.data.streaming:
+        first = counted(f"{len(rows['train']):,}", "rows")
+        tell(
+            console,
+            "train is a stream: labels, their weights, the audit with its limits and the baselines are those of its "
+            f"first {first}; the rest is read, checked and shuffled in blocks of as many",
+        )
+    if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
+        console.print(shown)
+    check(audited, building.audit_limits(config))
+    return Prepared(task, loaded, sources, rows, features, assets, audited)
 
 
 def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console: Console) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,15 +17,12 @@ from attention.options import Plan
 from attention.seam import PLAN
 from heedful import UserError
 from pipelines import building
-from pipelines.preparation import encode, tell
+from pipelines.preparation import Prepared, encode, tell
 from pipelines.report import progress_lines
 from pipelines.sections import RunConfig
 from sources.texts import counted
 from training.batches import Batching
 from training.transfer import Agreement, Course, Stage, transfer
-
-if TYPE_CHECKING:
-    from pipelines.finetune import Prepared
 
 STAGES: dict[str, tuple[Stage, ...]] = {
     "both": ("layers", "outputs"),

@@ -501,7 +501,7 @@ def test_a_run_trained_from_a_folder_is_evaluated_on_the_same_splits(project, cl
     ],
 )
 def test_what_needs_no_data_is_refused_before_the_data_is_read(overrides, project, cli_run, monkeypatch):
-    monkeypatch.setattr("pipelines.finetune.read_splits", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("pipelines.preparation.read_splits", lambda *_: pytest.fail("read"))
     code, _, log = cli_run("finetune", "run.yaml", *overrides)
     assert code == 2
     assert "error" in log
@@ -518,7 +518,7 @@ def test_a_model_that_does_not_do_is_refused_before_the_data_is_encoded(
     weights = load_file("nan/model.safetensors")
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, "nan/model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr("pipelines.finetune.encode", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr("pipelines.preparation.encode", lambda *_, **__: pytest.fail("encoded"))
     refused(cli_run("finetune", "run.yaml", *overrides), expected)
 
 
