@@ -45,8 +45,9 @@ def test_retries_are_counted(calls, tmp_path):
 
 def test_a_run_that_is_stopped_is_not_begun_again_however_it_ends(calls, tmp_path):
     made = calls("trap 'kill $!; exit 137' TERM; sleep 3 & wait")
+    before = signal.getsignal(signal.SIGTERM)
     stop = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     stop.start()
     assert supervise(["finetune"], retries=3, folder=tmp_path) == 137
     assert len(made()) == 1
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
