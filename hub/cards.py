@@ -26,6 +26,8 @@ PIPELINES = {
     "mlm": "fill-mask",
 }
 """The Hub's names of the tasks."""
+FOLDER = "FOLDER"
+"""Where it lies, if not on a hub."""
 NO_PIPELINE = ("question-answering", "summarization", "translation")
 """That transformers 5 has no pipeline for."""
 SETTINGS = (
@@ -52,7 +54,7 @@ def card(facts: Facts, name: str, *, hub_id: str | None) -> str:
     """
     front = yaml.safe_dump(_metadata(facts, name), sort_keys=False, allow_unicode=True)
     sections = {
-        "Use": _use(facts, hub_id or "FOLDER"),
+        "Use": _use(facts, hub_id or FOLDER),
         "Results": _results(facts),
         "Base model": _base(facts),
         "Data": _sources(facts.data),
@@ -137,7 +139,8 @@ def _interval(ends: list[float]) -> str:
 
 
 def _use(facts: Facts, where: str) -> str:
-    ours = f"    heedful pull {where} my-model\n    heedful predict my-model INPUT"
+    source = f"file:///{where}" if where == FOLDER else where
+    ours = f"    heedful pull {source} my-model\n    heedful predict my-model INPUT"
     if "attention_plan" in facts.architecture:
         return f"Its attention is heedful's own: transformers alone refuses to open it. With the project:\n\n{ours}"
     task = PIPELINES.get(facts.task)

@@ -215,7 +215,10 @@ class TrainSection(Section):
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs an eval_strategy")
         if self.decay_steps is not None and self.lr_scheduler_type != "warmup_stable_decay":
-            raise ValueError(f"decay_steps has no effect with lr_scheduler_type={self.lr_scheduler_type}")
+            raise ValueError(
+                f"decay_steps has no effect with lr_scheduler_type={self.lr_scheduler_type}, "
+                "only with warmup_stable_decay"
+            )
         return self
 
 

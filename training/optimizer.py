@@ -57,14 +57,16 @@ def build_scheduler(
 
     Args:
         warmup_steps: Below 1 a share of all steps, as in TrainingArguments.
-        decay_steps: The same, rounded down, for the end of ``warmup_stable_decay`` (Hu et al. 2024, MiniCPM, section
+        decay_steps: The same, but rounded down, for the end of ``warmup_stable_decay`` (Hu et al. 2024, MiniCPM, section
             4); no other schedule reads it.
 
     Raises:
         UserError: Warm-up and decay are longer than the run.
     """
     warmup = ceil(warmup_steps * num_training_steps) if warmup_steps < 1 else int(warmup_steps)
-    decay = int(decay_steps * num_training_steps if decay_steps < 1 else decay_steps)
+    decay = int(decay_steps)
+    if decay_steps < 1:  # of a short run too, a step
+        decay = min(max(1, int(decay_steps * num_training_steps)), num_training_steps - warmup)
     extra = {}
     if name == "warmup_stable_decay":
         if warmup + decay > num_training_steps:
