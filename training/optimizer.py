@@ -57,8 +57,8 @@ def build_scheduler(
 
     Args:
         warmup_steps: Below 1 a share of all steps, as in TrainingArguments.
-        decay_steps: The same, but rounded down, for the end of ``warmup_stable_decay`` (Hu et al. 2024, MiniCPM, section
-            4); no other schedule reads it.
+        decay_steps: The same, but rounded down, for the end of ``warmup_stable_decay`` (Hu et al. 2024, MiniCPM,
+            section 4); no other schedule reads it.
 
     Raises:
         UserError: Warm-up and decay are longer than the run.
