@@ -136,6 +136,8 @@ def test_a_share_of_a_short_run_fits_into_it(steps):
     assert scheduler.get_last_lr()[0] == 0.0
 
 
-def test_stages_longer_than_the_run_are_refused():
-    with pytest.raises(UserError, match="20 steps of warm-up and 5 of decay in a run of 10"):
-        build_scheduler("warmup_stable_decay", make_optimizer(), warmup_steps=20, num_training_steps=10, decay_steps=5)
+@pytest.mark.parametrize(("decay_steps", "decay"), [(5, 5), (0.2, 0)])
+def test_stages_longer_than_the_run_are_refused(decay_steps, decay):
+    stages = {"warmup_steps": 20, "num_training_steps": 10, "decay_steps": decay_steps}
+    with pytest.raises(UserError, match=f"20 steps of warm-up and {decay} of decay in a run of 10"):
+        build_scheduler("warmup_stable_decay", make_optimizer(), **stages)

@@ -66,7 +66,7 @@ def build_scheduler(
     warmup = ceil(warmup_steps * num_training_steps) if warmup_steps < 1 else int(warmup_steps)
     decay = int(decay_steps)
     if decay_steps < 1:  # of a short run too, a step
-        decay = min(max(1, int(decay_steps * num_training_steps)), num_training_steps - warmup)
+        decay = max(0, min(max(1, int(decay_steps * num_training_steps)), num_training_steps - warmup))
     extra = {}
     if name == "warmup_stable_decay":
         if warmup + decay > num_training_steps:
