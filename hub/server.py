@@ -11,6 +11,7 @@ import logging
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +32,7 @@ from hub.tokens import FILE, Guard
 from sources.files import writing
 
 _LOG = logging.getLogger("heedful.hub")
+LINGER_SECONDS = 30
 
 
 class Hub(ThreadingHTTPServer):
@@ -210,6 +212,13 @@ class Handler(BaseHTTPRequestHandler):
                 _copy(file.read, self.wfile.write, answer.length)
         else:
             self.wfile.write(content)
+        self._let_finish()
+
+    def _let_finish(self) -> None:
+        """Read on for a while what a refused client still sends: who is cut off in its sending never sees the answer."""
+        end = time.monotonic() + LINGER_SECONDS
+        while self.body.left and time.monotonic() < end and self.body.read(shutil.COPY_BUFSIZE):  # type: ignore[attr-defined]
+            pass
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log, without what signs an address."""

@@ -272,6 +272,11 @@ def test_who_has_no_token_is_not_heard_out(hub):
     assert call(hub, "POST", "/api/validate-yaml", body="x" * (routes.LARGEST_CARD + 1))[0] == 413
 
 
+def test_who_is_refused_in_mid_sending_sees_why(hub):
+    """More than the sockets' buffers take, so that a connection closed at once would break in the sending."""
+    assert call(hub, "POST", "/api/validate-yaml", body="x" * (32 << 20))[0] == 413
+
+
 def test_a_card_is_looked_at_without_a_token_as_the_client_asks(api, hub):
     ModelCard("---\nlicense: mit\n---\n# x").validate()
     for front, expected in {"a: [": 400, "a: 2026-02-30": 400, "!!bool x": 400, "[" * 2000: 400, "a: 1": 200}.items():
