@@ -9,7 +9,6 @@ import ipaddress
 import json
 import logging
 import re
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from sources.files import writing
 
 _LOG = logging.getLogger("heedful.hub")
 LINGER_SECONDS = 30
+COPY_BUFSIZE = 1 << 16
 
 
 class Hub(ThreadingHTTPServer):
@@ -215,10 +215,10 @@ class Handler(BaseHTTPRequestHandler):
         self._let_finish()
 
     def _let_finish(self) -> None:
-        """Read on for a while what a refused client still sends: who is cut off in its sending never sees the answer."""
+        """Read on for a while what a refused client still sends: cut off in its sending, it would not see the answer."""
         end = time.monotonic() + LINGER_SECONDS
-        while self.body.left and time.monotonic() < end and self.body.read(shutil.COPY_BUFSIZE):  # type: ignore[attr-defined]
-            pass
+        while self.body.left and time.monotonic() < end:
+            self.body.read(COPY_BUFSIZE)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log, without what signs an address."""
@@ -226,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _copy(read: Callable[[int], bytes], write: Callable[[bytes], Any], length: int) -> None:
-    while length and (piece := read(min(length, shutil.COPY_BUFSIZE))):  # type: ignore[attr-defined]
+    while length and (piece := read(min(length, COPY_BUFSIZE))):
         write(piece)
         length -= len(piece)
     if length:

@@ -213,14 +213,13 @@ def resume(
         return Position(world_size=accelerator.num_processes, data=data, base=base)
     # First, since other data may bring another table of words: shapes would be said to differ, which is no help.
     then = checkpoints.read_position(path)
-    before, now = then.data | {"the base model": then.base or base}, data | {"the base model": base}
-    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
-        raise UserError(
-            f"changed since this checkpoint: {', '.join(changed)}",
-            where=str(path),
-            expected="the same files as then, by their sha256",
-            fix="put them back, or start anew with resume=none",
-        )
+    runs.refuse_changed(
+        runs.origin(then.data, then.base),
+        runs.origin(data, base),
+        since="this checkpoint",
+        where=str(path),
+        fix="put them back, or start anew with resume=none",
+    )
     position = checkpoints.load(
         path, model=trainee.bare_model, optimizer=trainee.optimizer.optimizer, scheduler=trainee.scheduler
     )

@@ -1,4 +1,4 @@
-"""What the verbs need before they start: accelerator, assets, rows, features. Settings become values here."""
+"""What the verbs need before they start: accelerator, assets, rows, model, features. Settings become values here."""
 
 from __future__ import annotations
 
@@ -157,8 +157,14 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
 
 
 def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console: Console) -> list[dict[str, Any]]:
-    """Make sure that the assets among these paths lie there, whole; return their records, and those of the runs that
-    models among them come from: terms stay with what was learned from."""
+    """Make sure that the assets among these paths lie there, whole.
+
+    Returns:
+        Their records, and those of the runs that models among these come from: terms stay with what was learned from.
+
+    Raises:
+        UserError: An asset can not be had, or such a run's manifest.json is broken.
+    """
     given = [name for name in names if name]
     with accelerator.main_process_first():
         folders = ensure(given, root=Path.cwd(), say=partial(tell, console))
@@ -173,7 +179,12 @@ def _assets_of_run(model: Path) -> list[dict[str, Any]]:
     manifest = model.resolve().parent / "manifest.json"
     if not manifest.is_file():
         return []
-    return json.loads(manifest.read_text(encoding="utf-8")).get("assets", [])  # type: ignore[no-any-return]
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("assets", [])  # type: ignore[no-any-return]
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"broken JSON: {error}", where=str(manifest), expected="what the run wrote, with the terms of its data"
+        ) from error
 
 
 def split_sources(data: DataSection) -> dict[str, str]:

@@ -25,6 +25,7 @@ from sources.files import write_json
 from sources.readers import is_local
 from training import checkpoints
 
+BASE_MODEL = "the base model"
 PACKAGES = (
     "torch",
     "transformers",
@@ -221,6 +222,27 @@ def _named(config: RunConfig) -> list[str]:
     return [name for name in given if name is not None]
 
 
+def origin(data: Mapping[str, str], base: str) -> dict[str, str]:
+    """Hashes of what a run learns from and begins with; ``base`` is empty where an older version did not say."""
+    return {**data, BASE_MODEL: base}
+
+
+def refuse_changed(then: Mapping[str, str], now: Mapping[str, str], *, since: str, where: str, fix: str) -> None:
+    """Compare two origins.
+
+    Raises:
+        UserError: Naming each part that is another one.
+    """
+    known = then if then[BASE_MODEL] else {**then, BASE_MODEL: now[BASE_MODEL]}
+    if changed := [name for name in {**known, **now} if known.get(name) != now.get(name)]:
+        raise UserError(
+            f"changed since {since}: {', '.join(changed)}",
+            where=where,
+            expected="the same files as then, by their sha256",
+            fix=fix,
+        )
+
+
 def compare_starts(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Hold the start of a run against the one that it repeats.
 
@@ -231,15 +253,8 @@ def compare_starts(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     Raises:
         UserError: It has other data or another base, and so is another run.
     """
-    # A run of an older version did not say of its base.
-    before, after = ({**m["data"], "the base model": m.get("base", now["base"])} for m in (former, now))
-    if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
-        raise UserError(
-            f"changed since that run: {', '.join(changed)}",
-            where="manifest.json",
-            expected="the same files as then, by their sha256",
-            fix="put them back",
-        )
+    then, after = (origin(part["data"], part.get("base", "")) for part in (former, now))
+    refuse_changed(then, after, since="that run", where="manifest.json", fix="put them back")
     parts = [{"": m} | {f"{part}, ": m[part] for part in ("versions", "machine")} for m in (former, now)]
     own = ("heedful", "git_commit", "git_clean")
     return [

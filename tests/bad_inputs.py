@@ -470,6 +470,11 @@ MODELS = {
     "a run in place of its model": settings(
         "model.name=runs/whole", said=["give the model of that run: runs/whole/model"]
     ),
+    "a run's model whose manifest.json is broken": Bad(
+        ["runs/whole/manifest.json", "broken JSON"],
+        given=["model.name=runs/whole/model"],
+        spoil=lambda: write(Path("runs/whole/manifest.json"), b"{"),
+    ),
 }
 
 # ------------------------------------------------------------------------- runs, adapters, checkpoints, and their use

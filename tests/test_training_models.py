@@ -331,6 +331,14 @@ def test_a_tokenizer_with_another_padding_than_the_models_is_refused(bodies):
     assert "0, as the model was trained with" in message
 
 
+def test_what_is_new_in_an_encoder_used_twice_keeps_the_scale_of_its_states(tmp_path):
+    save_body("bert", tmp_path / "body")
+    loaded = join_encoders(str(tmp_path / "body"), tokenizer_for("bert"))
+    width = loaded.model.config.decoder.hidden_size
+    drawn = [p for n, p in loaded.model.named_parameters() if n in loaded.new and "crossattention" in n and p.ndim == 2]
+    assert float(torch.cat([p.detach().flatten() for p in drawn]).std()) == pytest.approx(width**-0.5, rel=0.05)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_of_an_encoder_used_twice_the_first_half_looks_both_ways(family, tmp_path):
     """transformers marks the decoder's configuration in place. A half goes by its configuration when it is made, and
