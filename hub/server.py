@@ -215,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         self._let_finish()
 
     def _let_finish(self) -> None:
-        """Read on for a while what a refused client still sends: cut off in its sending, it would not see the answer."""
+        """Read on for a while what a refused client still sends: cut off in mid-sending, it would see no answer."""
         end = time.monotonic() + LINGER_SECONDS
         while self.body.left and time.monotonic() < end:
             self.body.read(COPY_BUFSIZE)
