@@ -2,6 +2,7 @@
 
 import random
 import time
+from itertools import count
 
 import pytest
 import yaml
@@ -69,13 +70,23 @@ def killed(config, folder, overrides, *, processes, after):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("task", TASKS)
-def test_killed_at_random_moments(task, processes, workers, config, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    workers_of = [f"train.dataloader_num_workers={workers}"]
-    together(processes, train, str(config), [*workers_of, f"output_dir={whole}"])
-    moments = [random.uniform(0, seconds_of_training(whole) / 2) for _ in range(KILLS)]
-    overrides = [*workers_of, f"output_dir={cut}"]
-    kills = [killed(config, cut, overrides, processes=processes, after=moment) for moment in moments]
-    together(processes, train, str(config), [*overrides, "resume=auto"])
-    assert any(kills)
-    assert facts(cut) == facts(whole), moments
+def test_killed_at_random_moments(task, processes, workers, config, tmp_path, record_property):
+    """A run that ended before its time to be killed is followed by another, until so many were."""
+    whole, workers_of = tmp_path / "whole", f"train.dataloader_num_workers={workers}"
+    together(processes, train, str(config), [workers_of, f"output_dir={whole}"])
+    moments, in_save = [], 0
+    for number in count():
+        cut = tmp_path / f"cut-{number}"
+        overrides = [workers_of, f"output_dir={cut}"]
+        while len(moments) < KILLS:
+            moment = random.uniform(0, seconds_of_training(whole) / 2)
+            if not killed(config, cut, overrides, processes=processes, after=moment):
+                break
+            moments.append(moment)
+            in_save += any(cut.glob("checkpoints/.tmp-step-*"))
+        else:
+            together(processes, train, str(config), [*overrides, "resume=auto"])
+        assert facts(cut) == facts(whole), moments
+        if len(moments) == KILLS:
+            break
+    record_property("kills_in_a_save", in_save)  # pytest --junitxml says it
