@@ -14,7 +14,7 @@ from pipelines.preparation import build_accelerator, build_console, prepare, tel
 from pipelines.sections import RunConfig
 from sources.texts import counted
 from training.batches import epoch_batches, examples, micro_batches, rank_share
-from training.footprint import Footprint, device_memory, measure
+from training.footprint import Footprint, free_memory, measure
 
 MIB = 2**20
 
@@ -47,6 +47,7 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
         UserError: As ``finetune``, before training begins.
     """
     accelerator = build_accelerator(bf16=config.train.bf16)
+    memory = free_memory(accelerator.device)  # before any of it is taken
     console = build_console(accelerator, console)
     be_deterministic(config.seed)
     batching = building.build_batching(config, accelerator)
@@ -63,7 +64,6 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     at_once = max(len(batch["row"]) for batch in micro)
     longest = task.collate(examples(features, np.argsort(-lengths, kind="stable")[:at_once]))
     footprint = measure(trainee, longest, micro, features)
-    memory = device_memory(accelerator.device)
     found = Plan(
         model=description,
         footprint=footprint,
@@ -87,7 +87,7 @@ def _table(found: Plan) -> Table:
     batch = f"{counted(footprint.examples, 'examples')} of up to {counted(found.longest, 'tokens')}"
     rows[3] = (f"activations of {batch}", rows[3][1])
     rows += [
-        ("memory of the device", f"{found.memory / MIB:,.0f} MiB"),
+        ("free memory of the device", f"{found.memory / MIB:,.0f} MiB"),
         ("largest micro-batch that fits", f"{found.most_examples:,} of the longest examples"),
         ("updates", f"{found.steps:,} of {counted(found.batch_size, 'examples')}"),
         ("one update", f"{footprint.seconds:.2f} s"),

@@ -47,6 +47,17 @@ def supports_bf16(device: torch.device) -> bool:
     return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
+OTHER_LOOPS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # by which accelerate divides gradients, beside the loop's own count
+    "ACCELERATE_USE_FSDP": "false",  # plain DDP on a CPU
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "false",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+}
+"""Variables that change what ``Accelerator`` does behind the loop's back, and their values where they do not."""
+
+
 def build_accelerator(*, bf16: bool | str) -> Accelerator:
     """Make the accelerator; its own accumulation stays at 1, since the loop counts for itself.
 
@@ -54,8 +65,16 @@ def build_accelerator(*, bf16: bool | str) -> Accelerator:
         bf16: ``auto`` uses bf16 where the hardware multiplies it natively.
 
     Raises:
-        UserError: The launcher started several processes that would each have trained alone.
+        UserError: The launcher started several processes that would each have trained alone, or asks by accelerate's
+            own variables for what is not done.
     """
+    if asked := [name for name, idle in OTHER_LOOPS.items() if os.environ.get(name, idle).lower() != idle]:
+        raise UserError(
+            f"{asked[0]}={os.environ[asked[0]]}, which accelerate would obey in part and in silence",
+            where="the environment, as `accelerate launch` sets it",
+            expected="heedful's own settings: train.gradient_accumulation_steps, distributed=fsdp2",
+            fix=f"unset {' '.join(asked)}; use --nproc, or torchrun",
+        )
     cpu = not torch.accelerator.is_available()  # accelerate joins several processes on a CPU only if told so
     on = supports_bf16(PartialState(cpu=cpu).device) if bf16 == "auto" else bf16
     # No model here changes its buffers in training, and one of them is as large as the word embeddings (UsedRows).

@@ -14,6 +14,7 @@ from heedful import UserError
 from pipelines import building
 from pipelines.building import build_batching, distribute
 from pipelines.config import load
+from pipelines.preparation import OTHER_LOOPS, build_accelerator
 from training.batches import micro_batches
 
 
@@ -54,3 +55,22 @@ def test_names_of_parameters_are_listed_once_for_all_layers():
     names = ["classifier.bias", *(f"d.layer.{i}.x.bias" for i in range(12)), "e.layer.0.y", "e.layer.2.y", "z.1.w"]
     listed = ["classifier.bias", "d.layer.[0-11].x.bias", "e.layer.[0,2].y", "z.1.w"]
     assert building._across_layers(names) == listed
+
+
+@pytest.mark.fault("a variable of accelerate asks for another loop", "refused, naming heedful's own setting")
+@pytest.mark.parametrize(
+    ("name", "value"), {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_FSDP": "TRUE"}.items()
+)
+def test_what_accelerate_would_do_behind_the_loop_is_refused(name, value, monkeypatch):
+    """It would divide gradients a second time, and run plain data parallelism on a CPU: both in silence."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        build_accelerator(bf16=False)
+    monkeypatch.setenv(name, OTHER_LOOPS[name])
+    assert build_accelerator(bf16=False).gradient_accumulation_steps == 1
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched, of which accelerate joined 1"):
+        build_accelerator(bf16=False)

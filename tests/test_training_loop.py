@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,12 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from attention_samples import NARROW, swap
 from rich.console import Console
-from tiny_families import FAMILY_OF, make_model, make_task
+from tiny_families import FAMILY_OF, SHORT, make_model, make_task
 from torch.distributed.tensor import DTensor
 
 from attention.sharing import connect
 from heedful import NonFiniteLossError, UserError
 from pipelines.cli import leave
+from pipelines.scoring import evaluate_split
 from tasks import TASKS
 from training import checkpoints
 from training.batches import Batching, epochs, examples
@@ -119,9 +121,10 @@ def assert_same(ours, theirs):
 
 WHOLE = {"overhead": 1e9}
 ONE_EACH = {"micro_batch_size": 1}
+TWO_EACH = {"micro_batch_size": 2}
 SPLITS = {
     "8 x 1": ONE_EACH,
-    "4 x 2": {"micro_batch_size": 2},
+    "4 x 2": TWO_EACH,
     "2 parts": {"accumulation": 2},
     "by length": {"overhead": 4.0},
 }
@@ -170,6 +173,16 @@ def test_several_processes_do_as_one_does(world_size, distributed, tmp_path):
         expected = predict(task, alone.model, part, accelerator=alone.accelerator, batch_size=3)
         assert whole == [True] * world_size
         assert task.decode(predictions, few) == task.decode(expected, few)
+    for task_name, found in results["scores"].items():
+        assert found == pytest.approx(scores(task_name), rel=1e-12, abs=1e-12), task_name
+
+
+def scores(task_name, *, sharded=False):
+    """Of an untrained model, over eight batches that would be others if each rank cut its own."""
+    task, rows, _ = make_task(task_name, count=40, **SHORT.get(task_name, {}))
+    features = datasets.Dataset.from_dict(task.encode(rows[:], training=False))
+    trainee = make_trainee(task, sharded=sharded)
+    return evaluate_split(task, trainee.bare_model, rows, features, accelerator=trainee.accelerator, batch_size=5)
 
 
 def launch(file, world_size, folder, *arguments):
@@ -198,11 +211,12 @@ def main(folder, sharded):
         "updates": {
             name: {
                 split: make_updates(name, setup, **how, sharded=sharded)
-                for split, how in (("whole", WHOLE), ("1 each", ONE_EACH))
+                for split, how in (("whole", WHOLE), ("1 each", ONE_EACH), ("2 each", TWO_EACH))
             }
             for name, setup in ACROSS_RANKS.items()
         },
         "predictions": predictions,
+        "scores": {name: scores(name, sharded=sharded) for name in ACROSS_RANKS},
         "masks": len(set(gather_object([masks(rank)]))),
         "stop": gather_object([run_update(trainee, micro, features, step=0, stop=rank == 1).stop]),
         "nan": gather_object([stops_at_nan(trainee, micro, features)]),

@@ -209,12 +209,12 @@ FAMILY_OF = {"generation": "llama", "summarization": "gpt2", "translation": "bar
 """A family for each task that is not for encoders."""
 
 
-def make_task(name, family=None, *, count=16, max_length=32):
+def make_task(name, family=None, *, count=16, max_length=32, **settings):
     """A task as ``finetune`` builds it, its rows and their features."""
     family = family or FAMILY_OF.get(name, "bert")
     rows = make_rows(name, count)
     tokenizer = tokenizer_for(family)
-    kind, options = TASKS[name].load(), TASKS[name].options()
+    kind, options = TASKS[name].load(), TASKS[name].options(**settings)
     config = make_config(family)
     task = kind.build(tokenizer, rows, model_config=config, max_length=max_length, stride=4, options=options)
     return task, rows, datasets.Dataset.from_dict(task.encode(rows[:], training=True))

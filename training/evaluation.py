@@ -44,15 +44,17 @@ def predict(
     """
     lengths = np.asarray(features["length"])
     order = np.argsort(-lengths, kind="stable")  # batches of like length: little padding, and the largest comes first
-    own = order[accelerator.process_index :: accelerator.num_processes]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # Dealt whole: cut anew on each rank, they would be padded otherwise, and figures would go by the number of ranks.
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    total = sum(map(len, own))
     was_training = model.training
     model.eval()
     answers: list[tuple[int, Prediction]] = []
     with whole(model):
-        for start in range(0, len(own), batch_size):
-            indices = own[start : start + batch_size]
+        for indices in own:
             answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
-            tick(len(answers), len(own))
+            tick(len(answers), total)
     model.train(was_training)
     gathered = dict(gather_object(answers)) if accelerator.num_processes > 1 else dict(answers)
     if sorted(gathered) != list(range(len(lengths))):

@@ -7,12 +7,12 @@ allocator come on top.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -102,11 +102,11 @@ def activation_bytes(trainee: Trainee, batch: Batch) -> int:
     return total
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes that a process may use there."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take there; what the system would give back of its caches counts as free."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
