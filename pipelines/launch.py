@@ -15,6 +15,8 @@ from types import FrameType
 import psutil
 import typer
 
+from heedful import NonFiniteLossError, UserError
+
 ENDINGS = (0, 2, 3, 130, 143)
 """Exit codes that a new try would not change, or that somebody wanted: see docs/training.md."""
 RUN_ID = "heedful"
@@ -74,14 +76,16 @@ def _ending(codes: Mapping[int, int], *, nproc: int) -> int:
     A rank exits with 143 only when all have saved. One that SIGTERM ended was sent it by torchrun, after another had
     failed, or had nothing to save: it was not training.
     """
+    ends = set(codes.values()) - {-signal.SIGTERM}
+    if told := ends & {UserError.exit_code, NonFiniteLossError.exit_code}:  # whatever torchrun did to the others then
+        return max(told)
     for rank, code in codes.items():
         if code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
             typer.echo(f"process {rank} of {nproc} was ended by {name}; the others were stopped", err=True)
             return _as_a_shell_says(code)
-    ends = set(codes.values()) - {-signal.SIGTERM}
-    if told := ends - {143, LOST}:
-        return max(told)
+    if others := ends - {143, LOST}:
+        return max(others)
     if ends == {LOST}:
         typer.echo("the processes lost one another; what was saved is whole, and resume=auto goes on", err=True)
         return 1

@@ -74,11 +74,12 @@ KILLED = "process 1 of 2 was ended by SIGKILL; the others were stopped\n"
     [
         ("sleep 3; touch saved0; exit 143", "sleep 3; touch saved1; exit 143", 143, ""),
         ("exit 2", "sleep 1; exit 2", 2, ""),
+        ("exit 2", "sleep 1; kill -9 $$", 2, ""),
         ("exit 143", "kill -9 $$", 137, KILLED),
         ("exit 70", "sleep 1; kill -9 $$", 137, KILLED),
         ("exit 70", "exit 70", 1, "the processes lost one another"),
     ],
-    ids=["saved", "disk full", "killed as it left", "killed in its save", "lost"],
+    ids=["saved", "disk full", "killed as the disk was full", "killed as it left", "killed in its save", "lost"],
 )
 def test_a_launcher_that_is_stopped_says_how_its_ranks_ended(first, second, code, said, tmp_path):
     """A shell script stands for the ranks. torchrun itself would kill them here after a second, and say nothing."""

@@ -78,10 +78,11 @@ def facts(folder):
 
 
 def finish_through_kills(config, folder, points, *, processes=1, overrides=()):
+    overrides = ["resume=auto", *overrides]
     for point in points:
-        killed = run(config, folder, point=point, processes=processes, overrides=["resume=auto", *overrides])
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
+        killed = run(config, folder, point=point, processes=processes, overrides=overrides)
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    resumed = run(config, folder, processes=processes, overrides=overrides)
     assert resumed.returncode == 0, resumed.stderr
     return resumed.stderr
 
@@ -127,9 +128,7 @@ def test_a_killed_stream_goes_on_to_the_bit(processes, config, tmp_path):
 @pytest.mark.parametrize("lora", [[], LORA, [*LORA, "model.load_in_4bit=true"]], ids=["full", "lora", "qlora"])
 def test_every_kill_point(config, tmp_path, processes, lora):
     assert run(config, tmp_path / "whole", processes=processes, overrides=lora).returncode == 0
-    for point in POINTS:
-        run(config, tmp_path / "killed", point=point, processes=processes, overrides=["resume=auto", *lora])
-    assert run(config, tmp_path / "killed", processes=processes, overrides=["resume=auto", *lora]).returncode == 0
+    finish_through_kills(config, tmp_path / "killed", POINTS, processes=processes, overrides=lora)
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
@@ -143,10 +142,7 @@ SHARDED_POINTS = ("update:3", "shards:4", "rename:8", "update:11", "shards:12")
 @pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
 def test_every_kill_point_of_a_sharded_run(config, tmp_path, lora):
     assert run(config, tmp_path / "whole", processes=2, overrides=SHARDED + lora).returncode == 0
-    for point in SHARDED_POINTS:
-        run(config, tmp_path / "killed", point=point, processes=2, overrides=["resume=auto", *SHARDED, *lora])
-    resumed = run(config, tmp_path / "killed", processes=2, overrides=["resume=auto", *SHARDED, *lora])
-    assert resumed.returncode == 0, resumed.stderr
+    finish_through_kills(config, tmp_path / "killed", SHARDED_POINTS, processes=2, overrides=[*SHARDED, *lora])
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 

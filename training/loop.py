@@ -286,7 +286,7 @@ def _non_finite(
     Args:
         own: This rank's micro-batches with their losses. All ranks call this, and all say the same.
     """
-    found = gather_object([(row, isfinite(loss)) for batch, loss in own for row in batch["row"].tolist()])
+    found = gather_object([(row, isfinite(part)) for batch, part in own for row in batch["row"].tolist()])
     rows = sorted({row for row, finite in found if not finite} or {row for row, _ in found})
     return NonFiniteLossError(
         f"loss {loss}, gradient norm {grad_norm}",
