@@ -280,10 +280,16 @@ def leave(code: int) -> NoReturn:
     torch 2.13 keeps gloo's threads until a process group is collected. If that happens as the interpreter ends, it
     waits for ever for a thread that waits for the interpreter, or a thread aborts the process (exit code -6), and
     torchrun then ends all others, however well the run went.
+
+    As it does when one has stopped, and the main one still hands its figures to a tracker: they leave together.
     """
     try:
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == 143:
+            from torch import distributed
+
+            distributed.barrier()
     finally:  # a pipe may be broken, a disk full
         os._exit(code)
 
@@ -305,12 +311,34 @@ def _run() -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # safetensors has its own, which is no OSError
-        if "No space left on device" not in str(error) or "--debug" in sys.argv:
+    except Exception as error:
+        if "--debug" in sys.argv or (code := _of_the_machine(error)) is None:
             raise
+        return code
+    return 0
+
+
+def _of_the_machine(error: Exception) -> int | None:
+    """Say what a full disk or a lost process is; the exit code then, and None for every other error."""
+    if "No space left on device" in str(error):  # safetensors has its own error, which is no OSError
         _show(UserError(str(error), fix="make room on the disk; a training goes on with resume=auto"))
         return UserError.exit_code
-    return 0
+    return _left_alone(error) if "RANK" in os.environ else None
+
+
+def _left_alone(error: Exception) -> int | None:
+    from torch.distributed import DistError
+
+    from pipelines.launch import LOST, RUN_ID
+    from sources.texts import first_line
+
+    if not (isinstance(error, DistError) or "gloo/transport" in str(error)):
+        return None
+    if os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID:
+        return LOST
+    time.sleep(3)  # in which torchrun ends this one, if the other was its own, and says which that was
+    _show(UserError(f"another process was lost: {first_line(error)}", fix="resume=auto goes on"))
+    return 1
 
 
 def _show(error: UserError) -> None:

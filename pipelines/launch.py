@@ -7,15 +7,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import typer
+
+from heedful import NonFiniteLossError, UserError
 
 ENDINGS = (0, 2, 3, 130, 143)
 """Exit codes that a new try would not change, or that somebody wanted: see docs/training.md."""
+RUN_ID = "heedful"
+"""What torchrun calls the ranks of ``launch``, in their environment."""
+LOST = 70
+"""Exit code of a rank of ``launch`` that another one left; the launcher finds the words, since it sees them all."""
 
 
 def launch(arguments: Sequence[str], *, nproc: int) -> int:
@@ -33,19 +40,56 @@ def launch(arguments: Sequence[str], *, nproc: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     ranks = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=RUN_ID,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        # Not SIGTERM, after which torchrun would kill in 30 s what is being saved, and hide how the ranks ended.
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     try:
-        elastic_launch(ranks, sys.executable)("-m", "pipelines.cli", *_without(arguments, "--nproc"))
+        with _handled(_pass_on, signal.SIGTERM):
+            elastic_launch(ranks, sys.executable)("-m", "pipelines.cli", *_without(arguments, "--nproc"))
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        if first.exitcode < 0:  # it could say nothing itself
-            name = signal.Signals(-first.exitcode).name
-            typer.echo(f"process {rank} of {nproc} was ended by {name}; the others were stopped", err=True)
-        return _as_a_shell_says(max(failure.exitcode for failure in error.failures.values()))
+        return _ending({rank: failure.exitcode for rank, failure in error.failures.items()}, nproc=nproc)
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Let the ranks end by themselves, however long they save: the signal's sender knows how long it will wait."""
+    ranks = psutil.Process().children()
+    if not ranks:  # as yet
+        raise SystemExit(128 + number)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+
+
+def _ending(codes: Mapping[int, int], *, nproc: int) -> int:
+    """One exit code for those of the ranks that failed, and words where they could say none themselves.
+
+    A rank exits with 143 only when all have saved. One that SIGTERM ended was sent it by torchrun, after another had
+    failed, or had nothing to save: it was not training.
+    """
+    ends = set(codes.values()) - {-signal.SIGTERM}
+    if told := ends & {UserError.exit_code, NonFiniteLossError.exit_code}:  # whatever torchrun did to the others then
+        return max(told)
+    for rank, code in codes.items():
+        if code < 0 and code != -signal.SIGTERM:
+            name = signal.Signals(-code).name
+            typer.echo(f"process {rank} of {nproc} was ended by {name}; the others were stopped", err=True)
+            return _as_a_shell_says(code)
+    if others := ends - {143, LOST}:
+        return max(others)
+    if ends == {LOST}:
+        typer.echo("the processes lost one another; what was saved is whole, and resume=auto goes on", err=True)
+        return 1
+    return 143
 
 
 def supervise(arguments: Sequence[str], *, retries: int, folder: Path) -> int:
@@ -98,11 +142,18 @@ def _until_stopped() -> Iterator[tuple[Callable[[Sequence[str]], int], Callable[
             child.terminate()
         return _as_a_shell_says(child.wait())
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handled(stop, signal.SIGTERM, signal.SIGINT):
         yield run, lambda: stopped
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Within, these signals call the handler."""
+    former = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, before in handlers.items():
+        for number, before in former.items():
             signal.signal(number, before)
 
 

@@ -78,10 +78,11 @@ def facts(folder):
 
 
 def finish_through_kills(config, folder, points, *, processes=1, overrides=()):
+    overrides = ["resume=auto", *overrides]
     for point in points:
-        killed = run(config, folder, point=point, processes=processes, overrides=["resume=auto", *overrides])
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
+        killed = run(config, folder, point=point, processes=processes, overrides=overrides)
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    resumed = run(config, folder, processes=processes, overrides=overrides)
     assert resumed.returncode == 0, resumed.stderr
     return resumed.stderr
 
@@ -127,9 +128,7 @@ def test_a_killed_stream_goes_on_to_the_bit(processes, config, tmp_path):
 @pytest.mark.parametrize("lora", [[], LORA, [*LORA, "model.load_in_4bit=true"]], ids=["full", "lora", "qlora"])
 def test_every_kill_point(config, tmp_path, processes, lora):
     assert run(config, tmp_path / "whole", processes=processes, overrides=lora).returncode == 0
-    for point in POINTS:
-        run(config, tmp_path / "killed", point=point, processes=processes, overrides=["resume=auto", *lora])
-    assert run(config, tmp_path / "killed", processes=processes, overrides=["resume=auto", *lora]).returncode == 0
+    finish_through_kills(config, tmp_path / "killed", POINTS, processes=processes, overrides=lora)
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
@@ -143,10 +142,7 @@ SHARDED_POINTS = ("update:3", "shards:4", "rename:8", "update:11", "shards:12")
 @pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
 def test_every_kill_point_of_a_sharded_run(config, tmp_path, lora):
     assert run(config, tmp_path / "whole", processes=2, overrides=SHARDED + lora).returncode == 0
-    for point in SHARDED_POINTS:
-        run(config, tmp_path / "killed", point=point, processes=2, overrides=["resume=auto", *SHARDED, *lora])
-    resumed = run(config, tmp_path / "killed", processes=2, overrides=["resume=auto", *SHARDED, *lora])
-    assert resumed.returncode == 0, resumed.stderr
+    finish_through_kills(config, tmp_path / "killed", SHARDED_POINTS, processes=2, overrides=[*SHARDED, *lora])
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
@@ -264,19 +260,60 @@ def test_resume_looks_at_the_best_checkpoint_and_at_the_data_first(config, tmp_p
     assert f"the best checkpoint, {best.name}, is lost (model.safetensors does not match" in resumed.stderr
 
 
-@pytest.mark.fault("SIGTERM", "saves after the update at hand, exit code 143")
-def test_sigterm_saves_and_exits_143(config, tmp_path):
-    command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={tmp_path / 'run'}"]
-    long = ["train.max_steps=100000", "train.eval_steps=90000", "train.save_steps=90000"]
-    child = subprocess.Popen([*command, *long], cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
-    history = tmp_path / "run/history.jsonl"
-    while not (history.exists() and history.read_text().count("\n") > 3):
+def begun(config, folder, *arguments):
+    """A command line that trains, once it has logged a few updates."""
+    command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={folder}", *arguments]
+    former = (folder / "history.jsonl").stat().st_ino if folder.exists() else None
+    child = subprocess.Popen(command, cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
+    history = folder / "history.jsonl"
+    while not (history.exists() and history.stat().st_ino != former and history.read_text().count("\n") > 7):
         assert child.poll() is None, child.stderr.read()
-    os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.02)
+    return child
+
+
+def kill_the_last_rank(child):
+    started = psutil.Process(child.pid).children(recursive=True)
+    ranks = [process for process in started if "pipelines.cli" in process.cmdline()]
+    max(ranks, key=lambda rank: int(rank.environ().get("RANK", -1))).kill()
+
+
+@pytest.mark.fault(
+    "SIGTERM, to one process or to the launcher of two",
+    "saves after the update at hand, exit code 143; `resume=auto` goes on to the bit",
+)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_and_exits_143(processes, config, tmp_path):
+    long = ["train.max_steps=300", "train.save_steps=300", "train.eval_steps=300"]
+    assert run(config, tmp_path / "whole", processes=processes, overrides=long).returncode == 0
+    child = begun(config, tmp_path / "stopped", *long, "--nproc", str(processes))
+    child.terminate()
     _, log = child.communicate(timeout=60)
     assert child.returncode == 143, log
-    assert "stopped by SIGTERM after saving step" in log
-    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+    assert "Traceback" not in log
+    (saved,) = (tmp_path / "stopped/checkpoints").iterdir()
+    assert log.count(f"stopped by SIGTERM after saving {saved.name.replace('-', ' ')}") == processes
+    resumed = run(config, tmp_path / "stopped", processes=processes, overrides=["resume=auto", *long])
+    assert resumed.returncode == 0, resumed.stderr
+    assert facts(tmp_path / "stopped") == facts(tmp_path / "whole")
+
+
+@pytest.mark.fault(
+    "`kill -9` of one of two processes, without `--retries`",
+    "the other ends within a minute; one message, which says what ended which",
+)
+@pytest.mark.slow
+def test_who_loses_another_process_ends_without_many_words(config, tmp_path):
+    child = begun(config, tmp_path / "run", "train.max_steps=100000", "train.eval_steps=90000", "--nproc", "2")
+    kill_the_last_rank(child)
+    killed_at = time.monotonic()
+    _, log = child.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 60
+    assert child.returncode == 137, log
+    assert "Traceback" not in log
+    last, *_ = reversed([line for line in log.splitlines() if not line.startswith("step ")])
+    assert last == "process 1 of 2 was ended by SIGKILL; the others were stopped"
+    assert "error" not in log
 
 
 @pytest.mark.fault(
@@ -291,16 +328,9 @@ def test_a_run_that_dies_is_gone_on_with_to_the_bit(processes, config, tmp_path)
     long = ["train.max_steps=60", "train.save_steps=5", "train.eval_steps=30"]
     assert run(config, tmp_path / "whole", processes=processes, overrides=long).returncode == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")  # a former run, whose checkpoints are not this one's
-    command = [sys.executable, "-m", "pipelines.cli", "finetune", str(config), f"output_dir={tmp_path / 'killed'}"]
-    options = ["--retries", "1", "--nproc", str(processes)]
-    child = subprocess.Popen([*command, *long, *options], cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
-    history = tmp_path / "killed/history.jsonl"
-    while not ((tmp_path / "killed.1").exists() and history.exists() and history.read_text().count("\n") > 7):
-        assert child.poll() is None, child.stderr.read()
-        time.sleep(0.02)
-    started = psutil.Process(child.pid).children(recursive=True)
-    ranks = [process for process in started if "pipelines.cli" in process.cmdline()]
-    max(ranks, key=lambda rank: int(rank.environ().get("RANK", -1))).kill()
+    child = begun(config, tmp_path / "killed", *long, "--retries", "1", "--nproc", str(processes))
+    assert (tmp_path / "killed.1").exists()
+    kill_the_last_rank(child)
     _, log = child.communicate(timeout=120)
     assert child.returncode == 0, log
     assert "the run died (exit code 137); try 2 of 2, going on from its newest checkpoint" in log

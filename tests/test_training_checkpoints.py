@@ -22,6 +22,8 @@ from training.checkpoints import Position, newest_whole, prune
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
+PAGE = 4096
+"""Bytes that a file system gives at a time."""
 FILES = (
     "MANIFEST.json",
     "model.safetensors",
@@ -35,9 +37,9 @@ FILES = (
 class Run:
     """A small model with a buffer and a frozen part; ``train`` goes on where it stands."""
 
-    def __init__(self, optimizer="adamw_torch", seed=0):
+    def __init__(self, optimizer="adamw_torch", seed=0, width=5):
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 5), nn.Linear(5, 1))
+        self.model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, width), nn.Linear(width, 1))
         self.model[0].requires_grad_(False)
         groups = parameter_groups(self.model.named_parameters(), weight_decay=0.1)
         self.optimizer = build_optimizer(optimizer, groups, learning_rate=0.1, betas=(0.9, 0.99), epsilon=1e-8)
@@ -270,12 +272,12 @@ def test_what_a_kill_left_aside_is_cleared_away(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 kB; without the right to mount one, the test is skipped."""
+    """A file system of 256 kB; without the right to mount one, the test is skipped."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if (
         os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=False).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=False).returncode
     ):
         pytest.skip("needs the right to mount a file system")
     yield folder
@@ -286,23 +288,31 @@ def small_disk(tmp_path):
     "the disk is full at each 4 kB of a save", "the checkpoint before loads; nothing half-written is left"
 )
 def test_a_full_disk_leaves_the_former_ones(small_disk):
-    run = Run().train(1)
+    run = Run(width=400).train(1)
+    run.position.data = {f"split {number}": "f00d" * 16 for number in range(80)}
     first = run.save(small_disk)
-    errors = set()
+    pages = {file.name: -(-file.stat().st_size // PAGE) for file in first.iterdir()}
+    assert {name for name in pages if pages[name] > 1} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "position.json",
+    }
     run.train(1)
-    for kilobytes in (36, 32, 28, 24, 20, 16, 12, 8, 4, 0):  # room left: it ends within another file each time
+    failed = {}
+    for room in range(sum(pages.values()) + 2):
         free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
         ballast = small_disk / "ballast"
-        ballast.write_bytes(b"x" * (free - 1024 * kilobytes))
+        ballast.write_bytes(b"x" * (free - PAGE * room))
         try:
             shutil.rmtree(run.save(small_disk))
         except Exception as error:
-            errors.add(type(error).__name__)
+            failed[room] = type(error).__name__
             assert sorted(path.name for path in small_disk.iterdir()) == ["ballast", "step-1"]
             assert newest_whole(small_disk, say=pytest.fail) == first
         ballast.unlink()
-    assert "OSError" in errors
-    assert len(errors) > 1  # safetensors has an error of its own: catching OSError alone would not do
+    assert list(failed) == list(range(sum(pages.values())))  # it needs so many pages, and fails with any fewer
+    assert set(failed.values()) == {"OSError", "SafetensorError"}  # catching OSError alone would not do
+    assert Run(width=400).load(first).position.step == 1
 
 
 @pytest.mark.fault("a save fails where one checkpoint is kept", "the former one stays until the new one is whole")

@@ -28,7 +28,7 @@ from pipelines.cli import leave
 from pipelines.scoring import evaluate_split
 from tasks import TASKS
 from training import checkpoints
-from training.batches import Batching, epochs, examples
+from training.batches import Batching, epochs, examples, rank_share
 from training.checkpoints import Position
 from training.evaluation import predict
 from training.loop import Schedule, Stopped, Trainee, _save, note_score, run_update, seed_step, train, updates
@@ -151,6 +151,10 @@ def test_the_update_does_not_depend_on_the_micro_batches_with_another_attention(
         assert_same(make_updates(task_name, "sgd", attention=ATTENTION[attention], **split), whole)
 
 
+@pytest.mark.fault(
+    "the loss of a row is NaN that one of several processes alone sees",
+    "all stop before the weights change, and name that row; the checkpoint before is whole",
+)
 @pytest.mark.parametrize(
     ("world_size", "distributed"),
     [(2, "ddp"), (3, "ddp"), (2, "fsdp2"), pytest.param(3, "fsdp2", marks=pytest.mark.slow)],
@@ -165,8 +169,10 @@ def test_several_processes_do_as_one_does(world_size, distributed, tmp_path):
     assert results["masks"] == world_size  # each rank has dropout masks of its own
     assert results["stop"] == [True] * world_size  # one rank was asked
     assert results["nan"] == [True] * world_size  # one rank had it
-    assert results["disk"] == [True] * world_size  # the main process could not write
     task, rows, features = make_task("ner")
+    said = f"step 3, training rows [{ill_row(features, world_size)}]"  # of another rank than the main one
+    assert results["ill row"] == [(said, "step-2", True)] * world_size
+    assert results["disk"] == [True] * world_size  # the main process could not write
     alone = make_trainee(task)
     for count, (predictions, whole) in results["predictions"].items():
         part, few = features.select(range(count)), rows.select(range(count))
@@ -220,6 +226,7 @@ def main(folder, sharded):
         "masks": len(set(gather_object([masks(rank)]))),
         "stop": gather_object([run_update(trainee, micro, features, step=0, stop=rank == 1).stop]),
         "nan": gather_object([stops_at_nan(trainee, micro, features)]),
+        "ill row": gather_object([stops_at_a_row(make_trainee(task, sharded=sharded), features, folder / "ill")]),
         "disk": gather_object([stops_at_full_disk(trainee, folder / "checkpoints")]),
     }
     if accelerator.is_main_process:
@@ -243,6 +250,33 @@ def stops_at_nan(trainee, micro, features):
     return False
 
 
+def stops_at_a_row(trainee, features, folder):
+    """What is said where the loss of one row is NaN, what to go on from, and whether that is the model as it was."""
+    trainee = replace(trainee, task=Poisoned(trainee.task, row=ill_row(features, trainee.accelerator.num_processes)))
+    batching = Batching(4, seed=0, micro_batch_size=1, strategy="sequential")
+    try:
+        train(
+            trainee,
+            epochs(features, batching, step=0),
+            batching=batching,
+            schedule=Schedule(total_steps=4, headline="f1", eval_every=None, save_every=1, keep=2),
+            evaluate=dict,
+            folder=folder,
+            tracker=Tracker(None, Console(quiet=True), log_every=1),
+            position=Position(),
+        )
+    except NonFiniteLossError as error:
+        before, good = flat(trainee.bare_model), checkpoints.newest_whole(folder, say=pytest.fail)
+        checkpoints.load_model(good, trainee.bare_model)
+        return error.where, good.name, torch.equal(flat(trainee.bare_model), before)
+
+
+def ill_row(features, world_size):
+    """One that the second rank alone sees, in the third update of four rows each."""
+    index = rank_share(np.arange(8, 12), np.asarray(features["length"]), rank=1, world_size=world_size)[0]
+    return features["row"][int(index)]
+
+
 def stops_at_full_disk(trainee, folder):
     """If the main process alone knew, the others would wait for ever."""
     if trainee.accelerator.is_main_process:
@@ -255,13 +289,14 @@ def stops_at_full_disk(trainee, folder):
 
 
 class Poisoned:
-    """A task whose loss is NaN."""
+    """A task whose loss is NaN, of every row or of one."""
 
-    def __init__(self, task):
-        self.count, self._loss = task.count, task.loss
+    def __init__(self, task, row=None):
+        self.count, self.collate, self._loss, self._row = task.count, task.collate, task.loss, row
 
     def loss(self, model, batch):
-        return self._loss(model, batch) * float("nan")
+        ill = self._row is None or self._row in batch["row"]
+        return self._loss(model, batch) * (float("nan") if ill else 1.0)
 
 
 def one_update(trainee, features, *, step=0, rows=8):
@@ -290,7 +325,7 @@ def test_a_gradient_that_is_no_number_stops_too(value):
     trainee = make_trainee(task, max_grad_norm=0.0)
     trainee.model.classifier.weight.register_hook(lambda grad: grad * value)
     before = flat(trainee.model)
-    with pytest.raises(NonFiniteLossError):
+    with pytest.raises(NonFiniteLossError, match=r"training rows \[0, 1, 2, 3, 4, 5, 6, 7\]"):
         one_update(trainee, features)
     assert torch.equal(flat(trainee.model), before)
 

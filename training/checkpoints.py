@@ -97,16 +97,11 @@ def save(
     target = folder / f"step-{position.step}"
     weights, (states, scalars) = model_tensors(model), _optimizer_state(optimizer, _names(model))
     shards = folder / f".tmp-{target.name}-shards"
-    if is_sharded(model):
-        write_shards(weights | states, shards)
-    if not main:
-        return target
 
     def fill(aside: Path) -> None:
         if is_sharded(model):
             for file in shards.iterdir():
                 file.rename(aside / file.name)
-            shards.rmdir()
             _check_complete(aside, weights | states)
         else:
             save_file(weights, aside / "model.safetensors")
@@ -115,12 +110,23 @@ def save(
         write_json(aside / "scheduler.json", scheduler.state_dict())
         write_json(aside / "position.json", asdict(position))
 
-    write_whole(target, fill)
+    try:
+        if is_sharded(model):
+            write_shards(weights | states, shards)
+        if main:
+            write_whole(target, fill)
+    finally:
+        if main:
+            shutil.rmtree(shards, ignore_errors=True)  # what a failure left: a full disk must not stay full
     return target
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write what each rank holds, into a file of its own. All ranks call this, and all learn of a failure."""
+    """Write what each rank holds, into a file of its own. All ranks call this.
+
+    Raises:
+        OSError: On all ranks, and only when none of them writes any more.
+    """
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed, perhaps on more ranks
     dist.barrier()

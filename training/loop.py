@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -184,17 +184,19 @@ def run_update(trainee: Trainee, micro: list[Batch], features: Any, *, step: int
         sum(weight * task.count(batch).double() for weight, batch in zip(weights, micro, strict=True)),
         sum(weight * batch["attention_mask"].sum() for weight, batch in zip(weights, micro, strict=True)),
     )
-    loss_sum = torch.zeros((), device=accelerator.device)
+    losses = []
     for number, (weight, batch) in enumerate(zip(weights, micro, strict=True), start=1):
         with nullcontext() if number == len(micro) else accelerator.no_sync(model):
             with accelerator.autocast():  # the model's own forward is in autocast anyway, a loss over its head is not
                 loss = weight * task.loss(model, batch)
             accelerator.backward(loss * (accelerator.num_processes / max(count, 1e-12)))
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
+    loss_sum = sum(losses, torch.zeros((), device=accelerator.device))
     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), trainee.max_grad_norm or inf))
     loss_mean, stops = _sum_over_ranks(accelerator, loss_sum / max(count, 1e-12), float(stop))
     if not (isfinite(loss_mean) and isfinite(grad_norm)):
-        raise _non_finite(micro, step=step, loss=loss_mean, grad_norm=grad_norm)
+        own = list(zip(micro, losses, strict=True))[: len(micro) - spare]
+        raise _non_finite(own, step=step, loss=loss_mean, grad_norm=grad_norm)
     learning_rate = float(trainee.scheduler.get_last_lr()[0])
     trainee.optimizer.step()
     trainee.scheduler.step()
@@ -276,8 +278,16 @@ def _save(trainee: Trainee, folder: Path, position: Position, *, keep: int) -> N
         ) from failure
 
 
-def _non_finite(micro: list[Batch], *, step: int, loss: float, grad_norm: float) -> NonFiniteLossError:
-    rows = torch.cat([batch["row"] for batch in micro]).tolist()
+def _non_finite(
+    own: list[tuple[Batch, torch.Tensor]], *, step: int, loss: float, grad_norm: float
+) -> NonFiniteLossError:
+    """Name the rows whose loss is no number, on whichever rank; all of the update, where that is the gradient alone.
+
+    Args:
+        own: This rank's micro-batches with their losses. All ranks call this, and all say the same.
+    """
+    found = gather_object([(row, isfinite(part)) for batch, part in own for row in batch["row"].tolist()])
+    rows = sorted({row for row, finite in found if not finite} or {row for row, _ in found})
     return NonFiniteLossError(
         f"loss {loss}, gradient norm {grad_norm}",
         where=f"step {step + 1}, training rows {rows[:8]}{'...' if len(rows) > 8 else ''}",
