@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import client, hub_on_loopback
+from hub_server import PIECE, client, hub_on_loopback
 from huggingface_hub import ModelCard, constants
 from tiny_families import save_body
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -451,30 +453,65 @@ def test_without_a_hub_there_is_one_message(run, hub, cli_run, monkeypatch):
 
 PUSHING = """
 import os, signal
-from huggingface_hub import HfApi, constants
-from hub import client
+from huggingface_hub import HfApi
 plain = HfApi.create_commit
 def create_commit(self, *given, **words):
-    if {before}: os.kill(os.getpid(), signal.SIGKILL)
     plain(self, *given, **words)
     os.kill(os.getpid(), signal.SIGKILL)
-HfApi.create_commit = create_commit
+if {after}: HfApi.create_commit = create_commit
 from pipelines.push import push
-from pipelines.sections import TrainSection
 push("runs/run", "me/m", yes=True)
 """
 
 
-@pytest.mark.fault("`kill -9` of a push", "no half of it is visible; the next push is whole")
-@pytest.mark.slow
-@pytest.mark.parametrize("before", [True, False])
-def test_a_push_that_is_killed_can_be_made_again(before, run, hub):
+@contextmanager
+def pushing(hub, *, after=False):
+    """A push by another process; with ``after`` it kills itself once the commit is made."""
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PUSHING.format(before=before)], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert len(visible(hub)) == (0 if before else 1)
+    with subprocess.Popen([sys.executable, "-c", PUSHING.format(after=after)], env=environment) as child:
+        yield child
+        assert child.wait() == -signal.SIGKILL
+
+
+def require_all_there(run, hub):
+    """Push again; then what the hub holds is what lies here, by sha256."""
     push("runs/run", "me/m", yes=True)
     assert len(visible(hub)) == 1
+    held = {path: file.sha256 for path, file in hub.storage.open("models", "me/m").find("main").files.items()}
+    here = {path.relative_to(run / "model").as_posix(): path for path in (run / "model").iterdir()}
+    assert {path: held.get(path) for path in here if path != "MANIFEST.json"} == {
+        path: sha256_of(file) for path, file in here.items() if path != "MANIFEST.json"
+    }
+    assert held["adapter/adapter_model.safetensors"] == sha256_of(run / "adapter/adapter_model.safetensors")
+
+
+@pytest.mark.fault("`kill -9` in the middle of a transfer to the hub", "no byte of it is visible; the next push is whole")
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_push_that_is_killed_in_mid_transfer_can_be_made_again(number, run, hub):
+    """By the hub, when some of the bytes of so many a PUT have come; the model's weights take several."""
+    assert (run / "model/model.safetensors").stat().st_size > 2 * PIECE
+    killed = threading.Event()
+    with pushing(hub) as child:
+        hub.faults += [("PUT /lfs", "pass")] * (number - 1) + [("PUT /lfs", lambda: (child.kill(), killed.set()))]
+        assert killed.wait(60)
+    sent_before = [call for call in hub.calls if call.startswith("PUT")]
+    assert len(sent_before) >= number
+    assert not any("/commit/" in call for call in hub.calls)
+    assert hub.api.list_repo_files("me/m") == []
+    assert visible(hub) == []
+    require_all_there(run, hub)
+
+
+@pytest.mark.fault("`kill -9` of a push once its commit is made", "it is whole there; the next push has nothing to send")
+@pytest.mark.slow
+def test_a_push_that_is_killed_after_its_commit_is_whole(run, hub):
+    with pushing(hub, after=True):
+        pass
+    assert len(visible(hub)) == 1
+    hub.calls.clear()
+    require_all_there(run, hub)
+    assert sent(hub) == []
 
 
 # ----------------------------------------------------------------------------------------------------- the card
