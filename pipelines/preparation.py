@@ -20,9 +20,10 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from heedful import UserError
+from hub.client import cached_instead, go_offline
 from pipelines import building
 from pipelines.report import learned_tokens
-from pipelines.sections import DataSection, RunConfig
+from pipelines.sections import DataSection, ModelSection, RunConfig
 from sources.assets import ensure, record
 from sources.audit import Audit, audit, check, summary
 from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
@@ -126,6 +127,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         raise UserError("no training data", where="data.train", fix="name it: data.train=FILE")
     assets = fetch_assets([config.model.name, config.model.tokenizer, *sources.values()], accelerator, console)
     sources = pin_stream(sources, accelerator) if config.data.streaming else sources
+    ask_for_models(config.model, accelerator, console)
     rows = read_splits(config, sources)
     try:
         task = building.build_task(config, rows["train"])
@@ -171,6 +173,18 @@ def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console:
     before = [asset for name in given for asset in _assets_of_run(Path(name))]
     records = [*before, *(content for folder in folders if (content := record(folder)) is not None)]
     return list({content["name"]: content for content in records}.values())
+
+
+def ask_for_models(model: ModelSection, accelerator: Accelerator, console: Console) -> None:
+    """Find out once, for all ranks, whether the hub of the model answers; if not, say what stands in for it."""
+    said: list[str] = []
+    if accelerator.is_main_process:
+        named = [(model.tokenizer, None), (model.name, model.revision)]
+        asked = [cached_instead(name, revision) for name, revision in named if name and not os.path.isdir(name)]
+        said = [line for line in asked if line is not None]
+    if said := broadcast_object_list([said])[0]:
+        go_offline()
+        tell(console, *said)
 
 
 def _assets_of_run(model: Path) -> list[dict[str, Any]]:

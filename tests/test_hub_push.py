@@ -384,6 +384,55 @@ def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     assert sha256_of(Path("m/model.safetensors")) == sha256_of(run / "model/model.safetensors")
 
 
+READING = ("GET /api/models/me/m/revision", "GET /api/models/me/m/tree", "HEAD /me/m/resolve", "GET /me/m/resolve")
+
+
+@pytest.mark.fault("the hub answers 429 or 503 to a pull, or hangs up, for a while", "tried again")
+@pytest.mark.parametrize("kind", [429, 503, "cut"])
+def test_a_pull_outlasts_a_passing_fault(kind, run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    hub.faults += [(call, kind) for call in READING]
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, hub.faults) == (0, []), log
+    assert sha256_of(Path("m/model.safetensors")) == sha256_of(run / "model/model.safetensors")
+
+
+@pytest.mark.fault("the hub answers 429 or 503 to a pull, or hangs up, for good", "one message; no folder appears")
+@pytest.mark.parametrize("kind", [429, 503, "cut"])
+@pytest.mark.parametrize("call", READING)
+def test_a_pull_that_can_not_go_on_is_one_message(call, kind, run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    hub.faults += [(call, kind)] * 100
+    code, _, log = cli_run("pull", "me/m")
+    message = log.partition("error\n")[2]
+    assert (code, "Traceback" in log, [*Path().glob("*m")]) == (2, False, []), log
+    assert ("no way to the hub" if kind == "cut" else f"the hub answers {kind}") in message, message
+
+
+@pytest.mark.fault(
+    "the hub is down, and its client's cache has the model", "a pull is refused: nothing can be compared"
+)
+@pytest.mark.parametrize("down", ["closed", "cut"])
+def test_a_cache_is_no_hub_to_pull_from(down, run, hub, cli_run, monkeypatch):
+    push("runs/run", "me/m", yes=True)
+    assert cli_run("pull", "me/m", "first")[0] == 0
+    hub.faults += [("", "cut")] * 100
+    if down == "closed":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, f"no way to the hub {constants.ENDPOINT}" in log, Path("m").exists()) == (2, True, False), log
+
+
+def test_what_is_wrong_in_the_cache_while_the_hub_is_down_is_one_message(run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    assert cli_run("pull", "me/m", "first")[0] == 0
+    cached = next(Path("cache").glob("*/snapshots/*/model.safetensors")).resolve()
+    cached.write_bytes(bytes(cached.stat().st_size))
+    hub.faults += [("HEAD /me/m/resolve/.*model.safetensors", 503)] * 100
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, "the hub answers 503" in log, Path("m").exists()) == (2, True, False), log
+
+
 @pytest.mark.fault("bytes decayed on the hub", "refused by their hash")
 def test_bytes_that_decayed_on_the_hub_are_found(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
@@ -485,7 +534,9 @@ def require_all_there(run, hub):
     assert held["adapter/adapter_model.safetensors"] == sha256_of(run / "adapter/adapter_model.safetensors")
 
 
-@pytest.mark.fault("`kill -9` in the middle of a transfer to the hub", "no byte of it is visible; the next push is whole")
+@pytest.mark.fault(
+    "`kill -9` in the middle of a transfer to the hub", "no byte of it is visible; the next push is whole"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_push_that_is_killed_in_mid_transfer_can_be_made_again(number, run, hub):
@@ -503,7 +554,9 @@ def test_a_push_that_is_killed_in_mid_transfer_can_be_made_again(number, run, hu
     require_all_there(run, hub)
 
 
-@pytest.mark.fault("`kill -9` of a push once its commit is made", "it is whole there; the next push has nothing to send")
+@pytest.mark.fault(
+    "`kill -9` of a push once its commit is made", "it is whole there; the next push has nothing to send"
+)
 @pytest.mark.slow
 def test_a_push_that_is_killed_after_its_commit_is_whole(run, hub):
     with pushing(hub, after=True):
