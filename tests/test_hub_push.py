@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import PIECE, client, hub_on_loopback
+from hub_server import PIECE, Faulty, client, hub_on_loopback
 from huggingface_hub import ModelCard, constants
 from tiny_families import save_body
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -431,6 +431,51 @@ def test_what_is_wrong_in_the_cache_while_the_hub_is_down_is_one_message(run, hu
     hub.faults += [("HEAD /me/m/resolve/.*model.safetensors", 503)] * 100
     code, _, log = cli_run("pull", "me/m")
     assert (code, "the hub answers 503" in log, Path("m").exists()) == (2, True, False), log
+
+
+def tell_otherwise(monkeypatch, hub, change):
+    """Let the hub's next listing of files after a commit say something else; ``change`` is given its entries."""
+    plain, left = Faulty.answered, [change]
+
+    def answered(handler):
+        answer = plain(handler)
+        if left and "/tree/" in handler.path and any("/commit/" in call for call in hub.calls):
+            left.pop()(answer.content)
+        return answer
+
+    monkeypatch.setattr(Faulty, "answered", answered)
+    return left
+
+
+@pytest.mark.fault(
+    "other bytes lie on the hub than were pushed", "refused after the push, by their hash; no tag is set"
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_push_is_compared_with_what_lies_there_then(name, run, hub, cli_run, monkeypatch):
+    def change(entries):
+        (entry,) = (entry for entry in entries if entry["path"] == name)
+        held = entry.get("lfs", entry)
+        held["oid"] = held["oid"][::-1]
+
+    left = tell_otherwise(monkeypatch, hub, change)
+    code, _, log = cli_run("push", "runs/run", "me/m", "--tag", "v1", "--yes")
+    assert (code, left, "sent, and compared" in log) == (2, [], False), log
+    assert f"other bytes on the hub: {name}" in log
+    assert "push again" in log
+    assert hub.api.list_repo_refs("me/m").tags == []
+    assert cli_run("push", "runs/run", "me/m", "--tag", "v1", "--yes")[0] == 0, "it was the once"
+
+
+@pytest.mark.fault("a hub names a path that leads out of a pull's folder", "refused; nothing is written")
+@pytest.mark.parametrize("name", ["../ran", "a/../../ran", "{here}/ran", "a\\..\\..\\ran", ".git/hooks/post-checkout"])
+def test_a_hub_leads_no_pull_out_of_its_folder(name, run, hub, cli_run, monkeypatch, tmp_path):
+    push("runs/run", "me/m", yes=True)
+    name = name.format(here=tmp_path)
+    tell_otherwise(monkeypatch, hub, lambda entries: entries[0].update(path=name))
+    code, _, log = cli_run("pull", "me/m", "in/m")
+    message = log.partition("error\n")[2]
+    assert (code, repr(name) in message, "do not trust this hub" in message) == (2, True, True), log
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("ran", "in", "post-checkout")]
 
 
 @pytest.mark.fault("bytes decayed on the hub", "refused by their hash")
