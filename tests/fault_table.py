@@ -40,10 +40,12 @@ def marked():
     """(what goes wrong, what heedful does, test, whether it is slow) of each marked test, in the files' order."""
     for path in sorted(HERE.glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            marks = {_name(mark): mark for mark in getattr(node, "decorator_list", [])}
-            if "pytest.mark.fault" in marks:
-                done, does = (argument.value for argument in marks["pytest.mark.fault"].args)
-                yield done, does, f"{path.name}::{node.name}", "pytest.mark.slow" in marks
+            decorators = getattr(node, "decorator_list", [])
+            slow = any(_name(mark) == "pytest.mark.slow" for mark in decorators)
+            for mark in decorators:
+                if _name(mark) == "pytest.mark.fault":
+                    done, does = (argument.value for argument in mark.args)
+                    yield done, does, f"{path.name}::{node.name}", slow
 
 
 def _name(mark):
