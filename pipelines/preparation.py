@@ -28,11 +28,11 @@ from sources.assets import ensure, record
 from sources.audit import Audit, audit, check, summary
 from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect
-from sources.texts import counted
+from sources.texts import counted, first_few
 from tasks import TASKS, saved
 from tasks.protocol import Task
 from training.batches import Batching, Block, BlockStart
-from training.models import Loaded
+from training.models import Loaded, unread
 
 ENCODE_BATCH = 1000
 
@@ -100,6 +100,12 @@ class _ConsoleHandler(logging.Handler):
         tell(self._console, entry.getMessage())
 
 
+def say_unread(model: str, console: Console, *, trust_remote_code: bool) -> None:
+    """Name what lies in a model's folder, could run code, and was not read."""
+    if found := unread(model, trust_remote_code=trust_remote_code):
+        tell(console, f"! not read, since it could run code: {first_few(found)} in {model}")
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The data of a run, audited, and the model that fits it; every dict is keyed by split.
@@ -137,6 +143,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     for split in rows:
         task.check(rows[split], where=sources[split])
     loaded = building.load_base(config, task)
+    for name in (config.model.name, config.model.tokenizer):
+        say_unread(name or "", console, trust_remote_code=config.model.trust_remote_code)
     features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
     audited = audit(
         rows,
