@@ -492,6 +492,12 @@ def use(verb, *said, spoil=lambda: None, given=()):
     return Bad(said, spoil=spoil, verb=(verb, "runs/whole", *(["the cat"] if verb == "predict" else []), *given))
 
 
+def pull_lora():
+    """As ``heedful pull`` lays it."""
+    shutil.copytree("runs/lora/model", "m")
+    shutil.copytree("runs/lora/adapter", "m/adapter")
+
+
 def stored(name, content):
     return lambda: write(Path("runs/whole", name), content)
 
@@ -555,6 +561,16 @@ RUNS = {
     ),
     "an adapter in place of a model": settings(
         "model.name=runs/lora/adapter", said=["give the model of that run: runs/lora/model"]
+    ),
+    "an adapter to score": Bad(["give the model of that run: runs/lora/model"], verb=("evaluate", "runs/lora/adapter")),
+    "an adapter to predict with": Bad(
+        ["give the model of that run: runs/lora/model"], verb=("predict", "runs/lora/adapter", "the cat")
+    ),
+    "the adapter in a model that was pulled": Bad(
+        ["m/adapter", "give the model of that run: m"], given=["model.name=m/adapter"], spoil=pull_lora
+    ),
+    "the adapter in a model that was pulled, to predict with": Bad(
+        ["m/adapter", "give the model of that run: m"], verb=("predict", "m/adapter", "the cat"), spoil=pull_lora
     ),
     "a checkpoint in place of a model": settings(f"model.name={STEP}", said=["runs/whole/model"]),
     "a model with a flipped byte": use(

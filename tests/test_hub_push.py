@@ -11,11 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_server import PIECE, Faulty, client, hub_on_loopback
 from huggingface_hub import ModelCard, constants
 from tiny_families import save_body
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from heedful import UserError
 from hub import client as hub_client
@@ -97,6 +103,13 @@ def test_a_push_is_shown_first_and_then_is_one_commit(run, hub, cli_run):
     code, _, log = cli_run("push", "runs/run", "me/m", "--private", "--tag", "v1")
     assert code == 0, log
     assert "nothing was sent; --yes sends it" in log
+    told = {row.split()[1]: row.split()[3] for row in log.splitlines() if row.startswith("│")}
+    for name, path in {"model.safetensors": "model", "adapter/adapter_model.safetensors": ""}.items():
+        assert told[name] == f"{(run / path / name).stat().st_size:,}"
+    total = sum(int(size.replace(",", "")) for size in told.values())
+    assert f"{len(told)} of {len(told)} files to send, {total:,} bytes" in log
+    assert "license: not known" in log
+    assert "data, train: rows.csv, license not known: yours to look up" in log
     assert not hub.api.repo_exists("me/m")
     code, _, log = cli_run("push", "runs/run", "me/m", "--private", "--tag", "v1", "--yes")
     assert code == 0, log
@@ -125,6 +138,26 @@ def test_a_push_is_shown_first_and_then_is_one_commit(run, hub, cli_run):
 def test_transformers_opens_it_by_name(run, hub):
     push("runs/run", "me/m", yes=True)
     assert pipeline("text-classification", "me/m")("the cat sat")[0]["label"] in "ab"
+
+
+def test_transformers_opens_a_tagger_by_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_body("bert", "base")
+    rows = [{"tokens": ["Anna", "sat"] * (i + 1), "tags": ["B-PER", "O"] * (i + 1)} for i in range(4)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "task": "ner",
+        "model": {"name": "./base", "max_length": 32},
+        "data": {"train": "rows.jsonl", "stride": 8},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(values | {"train": {"max_steps": 1, "batch_size": 4}}))
+    finetune(load(Path("run.yaml"), []))
+    push("runs/run", "me/tags", yes=True)
+    there, here = (AutoModelForTokenClassification.from_pretrained(n) for n in ("me/tags", "runs/run/model"))
+    assert there.config.id2label == {0: "O", 1: "B-PER", 2: "I-PER"}
+    state = here.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in there.state_dict().items())
+    assert len(pipeline("token-classification", "me/tags")("Anna sat")) <= 2
 
 
 def test_what_the_model_has_no_more_is_taken_away_and_nothing_else(run, hub, cli_run):
@@ -201,6 +234,7 @@ def test_terms_stand_against_it_until_they_are_accepted(run, hub, cli_run):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     code, _, log = cli_run("push", "runs/run", "me/m", "--yes", "--accept-terms")
     assert code == 0, log
+    assert "license: other" in log
     text = hub.api.hf_hub_download("me/m", "README.md")
     assert "research alone" in Path(text).read_text()
     assert ModelCard.load(text).data.license == "other"
@@ -631,6 +665,7 @@ def test_the_card_says_what_the_run_knows(run):
     low, high = metrics["test"]["accuracy_ci95"]
     assert f"| test | accuracy | {metrics['test']['accuracy']:.4f} | {low:.4f} - {high:.4f} |" in text
     assert "always a" in text
+    assert "\n    heedful finetune run.yaml model.name=.../base\n" in text, "what makes it again"
     assert "12 of the rows (100.00%) stand in both of train and test" in text, "the audit"
     assert "lora.r: 2" in text
     assert known.manifest["versions"]["torch"] in text
@@ -638,7 +673,7 @@ def test_the_card_says_what_the_run_knows(run):
     assert results_file(known) is None, "a file of one's own is no data set of the Hub"
 
 
-def test_figures_on_data_of_the_hub_are_named_for_it(run):
+def test_figures_on_data_of_the_hub_are_named_for_it(run, hub):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"] |= {"train": "nyu-mll/glue@abc[sst2]:train", "test": "nyu-mll/glue@abc[sst2]:validation"}
     config["model"] |= {"name": "google-bert/bert-base-cased", "revision": None}
@@ -646,7 +681,11 @@ def test_figures_on_data_of_the_hub_are_named_for_it(run):
     known = facts.read("runs/run")
     front = ModelCard(card(known, "m", hub_id="me/m")).data
     assert (front.base_model, front.datasets) == ("google-bert/bert-base-cased", ["nyu-mll/glue"])
-    entries = yaml.safe_load(results_file(known))
+    push("runs/run", "me/m", yes=True)
+    assert ".eval_results/heedful.yaml" in hub.api.list_repo_files("me/m")
+    sent_text = Path(hub.api.hf_hub_download("me/m", ".eval_results/heedful.yaml")).read_text()
+    assert sent_text == results_file(known)
+    entries = yaml.safe_load(sent_text)
     expected = {"id": "nyu-mll/glue", "task_id": "sst2", "revision": "abc"}
     assert entries[0]["dataset"] == expected
     assert entries[0]["value"] == known.metrics["test"]["accuracy"]
