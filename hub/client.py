@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -26,6 +27,9 @@ from sources.files import sha256_of
 TRANSIENT = (429, 500, 502, 503, 504)
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds between attempts."""
+_BEFORE_DOWNLOAD = (LocalEntryNotFoundError, ValueError)
+"""What the client makes of a hub that fails when asked what a file is. The first is an OSError, as those of disks."""
+ANSWER_SECONDS = 10
 Given = TypeVar("Given")
 
 
@@ -42,14 +46,16 @@ def connect() -> HfApi:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may go through in a moment. Large files are none of these: the client was patient."""
+    if isinstance(error, _BEFORE_DOWNLOAD) and error.__cause__ is not None:
+        return is_transient(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT
     return isinstance(error, httpx2.TransportError)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The client packs what goes wrong with a large file into a RuntimeError."""
-    packed = isinstance(error, RuntimeError) and isinstance(error.__cause__, httpx2.HTTPError)
+    """The client packs what goes wrong with a large file, or before a download, into other errors."""
+    packed = isinstance(error, (RuntimeError, *_BEFORE_DOWNLOAD)) and isinstance(error.__cause__, httpx2.HTTPError)
     return error.__cause__ if packed and error.__cause__ is not None else error
 
 
@@ -86,6 +92,37 @@ def listing(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
+def cached_instead(name: str, revision: str | None) -> str | None:
+    """Say so where a hub does not answer and the client would take from its cache, without a word, what it can.
+
+    Args:
+        name: Of a model on the hub.
+
+    Returns:
+        None where the hub answers, be it with a refusal, or nothing of the model is in the cache.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return None
+    api, found = connect(), None
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(found, str):
+            api.model_info(name, revision=revision, timeout=ANSWER_SECONDS)
+    except Exception as error:
+        if is_transient(error):
+            reason = str(error.response.status_code) if isinstance(error, HfHubHTTPError) else type(error).__name__
+            return (
+                f"! {api.endpoint} does not answer ({reason}): {name} is taken from the cache, as it was at "
+                f"{Path(str(found)).parent.name}; HF_HUB_OFFLINE=1 does not ask"
+            )
+    return None
+
+
+def go_offline() -> None:
+    """Ask no hub for anything more in this process: from a hub that comes and goes a model would be half another."""
+    constants.HF_HUB_OFFLINE = True
+
+
 @contextmanager
 def explained(where: str) -> Iterator[None]:
     """Turn what a hub or the way to it may refuse into one message.
@@ -95,7 +132,7 @@ def explained(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (httpx2.HTTPError, OfflineModeIsEnabled, HFValidationError, RuntimeError) as error:
+    except (httpx2.HTTPError, OfflineModeIsEnabled, RuntimeError, *_BEFORE_DOWNLOAD) as error:
         if (told := _told(_cause(error))) is None:
             raise
         raise UserError(told[0], where=where, fix=told[1]) from error
@@ -122,6 +159,7 @@ KINDS: dict[type[Exception], tuple[str, str]] = {
         "no such repository, or a private one of somebody else",
         "set HF_TOKEN, or `hf auth login`",
     ),
+    LocalEntryNotFoundError: ("an answer that says nothing of the file", "see HF_ENDPOINT: is it a hub?"),
 }
 STATUSES = {
     401: ("the hub does not take this token, or wants one", "set HF_TOKEN, or `hf auth login`"),

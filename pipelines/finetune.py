@@ -37,8 +37,8 @@ from pipelines.runs import Run
 from pipelines.scoring import evaluate_split
 from pipelines.sections import RunConfig
 from pipelines.transfer import recover
-from sources.files import fault, write_json
-from sources.texts import counted
+from sources.files import fault, strays, write_json
+from sources.texts import counted, first_few
 from training import checkpoints
 from training.batches import Batching, Block, epochs, examples
 from training.checkpoints import Position
@@ -236,6 +236,8 @@ def resume(
     if accelerator.is_main_process:
         truncate_history(run.history, after=position.step)
     say(f"resuming after step {position.step} from {path}")
+    if added := strays(path):
+        say(f"! not read, since it came there later: {first_few(added)} in {path}")
     return position
 
 

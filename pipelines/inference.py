@@ -13,7 +13,7 @@ from torch import nn
 
 from heedful import UserError
 from pipelines import config as configuration
-from pipelines.preparation import build_accelerator, build_console, tell
+from pipelines.preparation import build_accelerator, build_console, say_unread, tell
 from pipelines.sections import RunConfig
 from tasks.decoding import described
 from tasks.positions import check_lengths
@@ -58,6 +58,7 @@ def open_model(checkpoint: str, overrides: list[str], console: Console | None) -
     console = build_console(accelerator, console)  # first, or reading the weights shows a progress bar of its own
     task = load_task(folder, load_tokenizer(str(folder), trust_remote_code=trust))
     model = load_model(task.auto_class, str(folder), trust_remote_code=trust, **task.model_kwargs()).model
+    say_unread(str(folder), console, trust_remote_code=trust)
     if any(override.startswith(search) for override in overrides):
         options: Any = config.options  # the model's own but for the search: all other changes were refused
         task = replace(cast(Any, task), options=options)

@@ -20,18 +20,19 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from heedful import UserError
+from hub.client import cached_instead, go_offline
 from pipelines import building
 from pipelines.report import learned_tokens
-from pipelines.sections import DataSection, RunConfig
+from pipelines.sections import DataSection, ModelSection, RunConfig
 from sources.assets import ensure, record
 from sources.audit import Audit, audit, check, summary
 from sources.readers import find_splits, fingerprint, pinned, read_blocks, read_rows
 from sources.tables import Dialect
-from sources.texts import counted
+from sources.texts import counted, first_few
 from tasks import TASKS, saved
 from tasks.protocol import Task
 from training.batches import Batching, Block, BlockStart
-from training.models import Loaded
+from training.models import Loaded, unread
 
 ENCODE_BATCH = 1000
 
@@ -118,6 +119,12 @@ class _ConsoleHandler(logging.Handler):
         tell(self._console, entry.getMessage())
 
 
+def say_unread(model: str, console: Console, *, trust_remote_code: bool) -> None:
+    """Name what lies in a model's folder, could run code, and was not read."""
+    if found := unread(model, trust_remote_code=trust_remote_code):
+        tell(console, f"! not read, since it could run code: {first_few(found)} in {model}")
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The data of a run, audited, and the model that fits it; every dict is keyed by split.
@@ -145,6 +152,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         raise UserError("no training data", where="data.train", fix="name it: data.train=FILE")
     assets = fetch_assets([config.model.name, config.model.tokenizer, *sources.values()], accelerator, console)
     sources = pin_stream(sources, accelerator) if config.data.streaming else sources
+    ask_for_models(config.model, accelerator, console)
     rows = read_splits(config, sources)
     try:
         task = building.build_task(config, rows["train"])
@@ -154,6 +162,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     for split in rows:
         task.check(rows[split], where=sources[split])
     loaded = building.load_base(config, task)
+    for name in (config.model.name, config.model.tokenizer):
+        say_unread(name or "", console, trust_remote_code=config.model.trust_remote_code)
     features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
     audited = audit(
         rows,
@@ -190,6 +200,18 @@ def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console:
     before = [asset for name in given for asset in _assets_of_run(Path(name))]
     records = [*before, *(content for folder in folders if (content := record(folder)) is not None)]
     return list({content["name"]: content for content in records}.values())
+
+
+def ask_for_models(model: ModelSection, accelerator: Accelerator, console: Console) -> None:
+    """Find out once, for all ranks, whether the hub of the model answers; if not, say what stands in for it."""
+    said: list[str] = []
+    if accelerator.is_main_process:
+        named = [(model.tokenizer, None), (model.name, model.revision)]
+        asked = [cached_instead(name, revision) for name, revision in named if name and not os.path.isdir(name)]
+        said = [line for line in asked if line is not None]
+    if said := broadcast_object_list([said])[0]:
+        go_offline()
+        tell(console, *said)
 
 
 def _assets_of_run(model: Path) -> list[dict[str, Any]]:

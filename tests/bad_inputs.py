@@ -39,7 +39,7 @@ class Bad:
         given: Settings on the command line.
         spoil: What is done in the folder.
         verb: What is run.
-        ends: The exit code; 0 where the input has no effect at all.
+        ends: The exit code; 0 where the input has no effect but for the message.
     """
 
     said: Sequence[str]
@@ -492,6 +492,12 @@ def use(verb, *said, spoil=lambda: None, given=()):
     return Bad(said, spoil=spoil, verb=(verb, "runs/whole", *(["the cat"] if verb == "predict" else []), *given))
 
 
+def pull_lora():
+    """As ``heedful pull`` lays it."""
+    shutil.copytree("runs/lora/model", "m")
+    shutil.copytree("runs/lora/adapter", "m/adapter")
+
+
 def stored(name, content):
     return lambda: write(Path("runs/whole", name), content)
 
@@ -555,6 +561,16 @@ RUNS = {
     ),
     "an adapter in place of a model": settings(
         "model.name=runs/lora/adapter", said=["give the model of that run: runs/lora/model"]
+    ),
+    "an adapter to score": Bad(["give the model of that run: runs/lora/model"], verb=("evaluate", "runs/lora/adapter")),
+    "an adapter to predict with": Bad(
+        ["give the model of that run: runs/lora/model"], verb=("predict", "runs/lora/adapter", "the cat")
+    ),
+    "the adapter in a model that was pulled": Bad(
+        ["m/adapter", "give the model of that run: m"], given=["model.name=m/adapter"], spoil=pull_lora
+    ),
+    "the adapter in a model that was pulled, to predict with": Bad(
+        ["m/adapter", "give the model of that run: m"], verb=("predict", "m/adapter", "the cat"), spoil=pull_lora
     ),
     "a checkpoint in place of a model": settings(f"model.name={STEP}", said=["runs/whole/model"]),
     "a model with a flipped byte": use(
@@ -643,7 +659,7 @@ ATTACKS = {
         lambda: (lose("*.safetensors")(), evil("model/pytorch_model.bin")), "./model", "safetensors, the only weights"
     ),
     "pickles beside a model: pytorch_model.bin, training_args.bin, optimizer.pt, rng_state.pth": Bad(
-        ["no effect"],
+        ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "rng_state.pth", "./model", "not read"],
         spoil=lambda: evil(
             *(f"model/{n}" for n in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "rng_state.pth"))
         ),
@@ -651,7 +667,7 @@ ATTACKS = {
         ends=0,
     ),
     "pickles beside a checkpoint: optimizer.bin, random_states_0.pkl, custom_checkpoint_0.pkl": again(
-        "no effect",
+        *("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", str(STEP), "not read"),
         given=["data.train=train.csv"],
         spoil=lambda: evil(*(STEP / n for n in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"))),
         ends=0,
@@ -661,7 +677,7 @@ ATTACKS = {
     ),
     "code that a model brings, by auto_map": model(bring_code, "./model", "custom code"),
     "code that a tokenizer brings, by auto_map, beside a tokenizer.json": Bad(
-        ["no effect"], spoil=bring_tokenizer_code, ends=0
+        ["code.py", "./model", "not read"], spoil=bring_tokenizer_code, ends=0
     ),
     "a tag of Python's in a configuration": file(f"{MODEL}seed: {TAG}", "run.yaml", "python/object/apply"),
     "a tag of Python's on the command line": settings(f"seed={TAG}", said=["seed", "python/object/apply"]),

@@ -32,7 +32,7 @@ REFUSED = """## Bad inputs
 Each is a row of `tests/bad_inputs.py` that `tests/test_pipelines_bad_inputs.py` puts through the command line. It ends
 with exit code 2 and one message, without a traceback, before the first update; no file of the project has changed, and
 none is new. The message holds the words on the right. An attack is run twice, once at a terminal: its payload would
-make a file, and makes none. Of those that have no effect, the command ends with 0.
+make a file, and makes none. Where it has no effect the command ends with 0, and the line that names it holds the words.
 """
 
 
@@ -40,10 +40,12 @@ def marked():
     """(what goes wrong, what heedful does, test, whether it is slow) of each marked test, in the files' order."""
     for path in sorted(HERE.glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            marks = {_name(mark): mark for mark in getattr(node, "decorator_list", [])}
-            if "pytest.mark.fault" in marks:
-                done, does = (argument.value for argument in marks["pytest.mark.fault"].args)
-                yield done, does, f"{path.name}::{node.name}", "pytest.mark.slow" in marks
+            decorators = getattr(node, "decorator_list", [])
+            slow = any(_name(mark) == "pytest.mark.slow" for mark in decorators)
+            for mark in decorators:
+                if _name(mark) == "pytest.mark.fault":
+                    done, does = (argument.value for argument in mark.args)
+                    yield done, does, f"{path.name}::{node.name}", slow
 
 
 def _name(mark):
@@ -62,14 +64,18 @@ def document():
             "| what is handed in | what the message says |",
             "| --- | --- |",
         ]
-        lines += [f"| {name} | {', '.join(map(_quoted, bad.said))} |" for name, bad in table.items()]
+        lines += [f"| {name} | {', '.join(map(_quoted, bad.said))}{_end(bad)} |" for name, bad in table.items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def _quoted(words):
-    plain = words if words == "no effect" else f"`` {words.strip()} ``" if "`" in words else f"`{words.strip()}`"
+    plain = f"`` {words.strip()} ``" if "`" in words else f"`{words.strip()}`"
     return plain.replace("|", "\\|")
+
+
+def _end(bad):
+    return "" if bad.ends else "; no effect"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ PIECE = 20_000
 
 
 class Faulty(Handler):
-    """Breaks the next calls that match: a status is answered, ``cut`` ends the connection, ``half`` sends half."""
+    """Breaks the next calls that match.
+
+    A status is answered; ``cut`` ends the connection, ``half`` sends half, ``after`` loses the answer, ``pass`` does
+    nothing; what can be called is, once a part of the body has come.
+    """
 
     def do_GET(self):
         self.server.calls.append(f"{self.command} {self.path.partition('?')[0]}")
@@ -27,6 +31,8 @@ class Faulty(Handler):
             return super().do_GET()
         self.server.faults.remove(fault)
         kind = fault[1]
+        if kind == "pass":
+            return super().do_GET()
         if kind == "half":
             self.half = True
             return super().do_GET()
@@ -34,8 +40,10 @@ class Faulty(Handler):
             self.send = lambda answer: self.connection.shutdown(socket.SHUT_RDWR)
             return super().do_GET()
         self.close_connection = True
-        if kind == "cut":
+        if kind == "cut" or callable(kind):
             self.rfile.read(min(1000, int(self.headers.get("Content-Length", 0))))
+            if callable(kind):
+                kind()
             return self.connection.shutdown(socket.SHUT_RDWR)
         self.body = type("Unread", (), {"left": 1})
         return self.send(Answer({"error": "injected"}, kind))

@@ -6,14 +6,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from hub_server import client, hub_on_loopback
+from hub_server import PIECE, Faulty, client, hub_on_loopback
 from huggingface_hub import ModelCard, constants
 from tiny_families import save_body
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from heedful import UserError
 from hub import client as hub_client
@@ -95,6 +103,13 @@ def test_a_push_is_shown_first_and_then_is_one_commit(run, hub, cli_run):
     code, _, log = cli_run("push", "runs/run", "me/m", "--private", "--tag", "v1")
     assert code == 0, log
     assert "nothing was sent; --yes sends it" in log
+    told = {row.split()[1]: row.split()[3] for row in log.splitlines() if row.startswith("│")}
+    for name, path in {"model.safetensors": "model", "adapter/adapter_model.safetensors": ""}.items():
+        assert told[name] == f"{(run / path / name).stat().st_size:,}"
+    total = sum(int(size.replace(",", "")) for size in told.values())
+    assert f"{len(told)} of {len(told)} files to send, {total:,} bytes" in log
+    assert "license: not known" in log
+    assert "data, train: rows.csv, license not known: yours to look up" in log
     assert not hub.api.repo_exists("me/m")
     code, _, log = cli_run("push", "runs/run", "me/m", "--private", "--tag", "v1", "--yes")
     assert code == 0, log
@@ -123,6 +138,26 @@ def test_a_push_is_shown_first_and_then_is_one_commit(run, hub, cli_run):
 def test_transformers_opens_it_by_name(run, hub):
     push("runs/run", "me/m", yes=True)
     assert pipeline("text-classification", "me/m")("the cat sat")[0]["label"] in "ab"
+
+
+def test_transformers_opens_a_tagger_by_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_body("bert", "base")
+    rows = [{"tokens": ["Anna", "sat"] * (i + 1), "tags": ["B-PER", "O"] * (i + 1)} for i in range(4)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "task": "ner",
+        "model": {"name": "./base", "max_length": 32},
+        "data": {"train": "rows.jsonl", "stride": 8},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(values | {"train": {"max_steps": 1, "batch_size": 4}}))
+    finetune(load(Path("run.yaml"), []))
+    push("runs/run", "me/tags", yes=True)
+    there, here = (AutoModelForTokenClassification.from_pretrained(n) for n in ("me/tags", "runs/run/model"))
+    assert there.config.id2label == {0: "O", 1: "B-PER", 2: "I-PER"}
+    state = here.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in there.state_dict().items())
+    assert len(pipeline("token-classification", "me/tags")("Anna sat")) <= 2
 
 
 def test_what_the_model_has_no_more_is_taken_away_and_nothing_else(run, hub, cli_run):
@@ -199,6 +234,7 @@ def test_terms_stand_against_it_until_they_are_accepted(run, hub, cli_run):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     code, _, log = cli_run("push", "runs/run", "me/m", "--yes", "--accept-terms")
     assert code == 0, log
+    assert "license: other" in log
     text = hub.api.hf_hub_download("me/m", "README.md")
     assert "research alone" in Path(text).read_text()
     assert ModelCard.load(text).data.license == "other"
@@ -311,7 +347,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.fault("the hub fails for a while: 500, 503, 429, a cut connection", "tried again; one whole commit")
+@pytest.mark.fault("hub, 1 of 9: 500, twice, for a part of a large file", "tried again; one whole commit")
+@pytest.mark.fault("hub, 2 of 9: the connection is cut while a large file is sent", "tried again; one whole commit")
+@pytest.mark.fault("hub, 3 of 9: 429 before a file is sent", "tried again; one whole commit")
+@pytest.mark.fault("hub, 4 of 9: 503 for the commit, or its answer is lost", "tried again; one whole commit")
+@pytest.mark.fault(
+    "hub, 5 of 9: 500 when the repository is made, or its answer is lost", "tried again; one whole commit"
+)
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_passing_fault_leaves_one_whole_commit(faults, run, hub):
     hub.faults += faults
@@ -372,7 +414,7 @@ def test_an_answer_that_was_lost_is_not_taken_for_somebody_elses_push(run, hub):
     assert len(visible(hub)) == 2
 
 
-@pytest.mark.fault("a download is cut half way", "it goes on")
+@pytest.mark.fault("hub, 6 of 9: a download is cut half way", "it goes on")
 def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     hub.faults += [("GET /me/m/resolve/.*model.safetensors", "half")] * 2
@@ -382,7 +424,99 @@ def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     assert sha256_of(Path("m/model.safetensors")) == sha256_of(run / "model/model.safetensors")
 
 
-@pytest.mark.fault("bytes decayed on the hub", "refused by their hash")
+READING = ("GET /api/models/me/m/revision", "GET /api/models/me/m/tree", "HEAD /me/m/resolve", "GET /me/m/resolve")
+
+
+@pytest.mark.fault("the hub answers 429 or 503 to a pull, or hangs up, for a while", "tried again")
+@pytest.mark.parametrize("kind", [429, 503, "cut"])
+def test_a_pull_outlasts_a_passing_fault(kind, run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    hub.faults += [(call, kind) for call in READING]
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, hub.faults) == (0, []), log
+    assert sha256_of(Path("m/model.safetensors")) == sha256_of(run / "model/model.safetensors")
+
+
+@pytest.mark.fault("the hub answers 429 or 503 to a pull, or hangs up, for good", "one message; no folder appears")
+@pytest.mark.parametrize("kind", [429, 503, "cut"])
+@pytest.mark.parametrize("call", READING)
+def test_a_pull_that_can_not_go_on_is_one_message(call, kind, run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    hub.faults += [(call, kind)] * 100
+    code, _, log = cli_run("pull", "me/m")
+    message = log.partition("error\n")[2]
+    assert (code, "Traceback" in log, [*Path().glob("*m")]) == (2, False, []), log
+    assert ("no way to the hub" if kind == "cut" else f"the hub answers {kind}") in message, message
+
+
+@pytest.mark.fault("hub, 7 of 9: it is down, and the cache has the model", "a pull is refused: nothing to compare with")
+@pytest.mark.parametrize("down", ["closed", "cut"])
+def test_a_cache_is_no_hub_to_pull_from(down, run, hub, cli_run, monkeypatch):
+    push("runs/run", "me/m", yes=True)
+    assert cli_run("pull", "me/m", "first")[0] == 0
+    hub.faults += [("", "cut")] * 100
+    if down == "closed":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, f"no way to the hub {constants.ENDPOINT}" in log, Path("m").exists()) == (2, True, False), log
+
+
+def test_what_is_wrong_in_the_cache_while_the_hub_is_down_is_one_message(run, hub, cli_run):
+    push("runs/run", "me/m", yes=True)
+    assert cli_run("pull", "me/m", "first")[0] == 0
+    cached = next(Path("cache").glob("*/snapshots/*/model.safetensors")).resolve()
+    cached.write_bytes(bytes(cached.stat().st_size))
+    hub.faults += [("HEAD /me/m/resolve/.*model.safetensors", 503)] * 100
+    code, _, log = cli_run("pull", "me/m")
+    assert (code, "the hub answers 503" in log, Path("m").exists()) == (2, True, False), log
+
+
+def tell_otherwise(monkeypatch, hub, change):
+    """Let the hub's next listing of files after a commit say something else; ``change`` is given its entries."""
+    plain, left = Faulty.answered, [change]
+
+    def answered(handler):
+        answer = plain(handler)
+        if left and "/tree/" in handler.path and any("/commit/" in call for call in hub.calls):
+            left.pop()(answer.content)
+        return answer
+
+    monkeypatch.setattr(Faulty, "answered", answered)
+    return left
+
+
+@pytest.mark.fault(
+    "other bytes lie on the hub than were pushed", "refused after the push, by their hash; no tag is set"
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_push_is_compared_with_what_lies_there_then(name, run, hub, cli_run, monkeypatch):
+    def change(entries):
+        (entry,) = (entry for entry in entries if entry["path"] == name)
+        held = entry.get("lfs", entry)
+        held["oid"] = held["oid"][::-1]
+
+    left = tell_otherwise(monkeypatch, hub, change)
+    code, _, log = cli_run("push", "runs/run", "me/m", "--tag", "v1", "--yes")
+    assert (code, left, "sent, and compared" in log) == (2, [], False), log
+    assert f"other bytes on the hub: {name}" in log
+    assert "push again" in log
+    assert hub.api.list_repo_refs("me/m").tags == []
+    assert cli_run("push", "runs/run", "me/m", "--tag", "v1", "--yes")[0] == 0, "it was the once"
+
+
+@pytest.mark.fault("a hub names a path that leads out of a pull's folder", "refused; nothing is written")
+@pytest.mark.parametrize("name", ["../ran", "a/../../ran", "{here}/ran", "a\\..\\..\\ran", ".git/hooks/post-checkout"])
+def test_a_hub_leads_no_pull_out_of_its_folder(name, run, hub, cli_run, monkeypatch, tmp_path):
+    push("runs/run", "me/m", yes=True)
+    name = name.format(here=tmp_path)
+    tell_otherwise(monkeypatch, hub, lambda entries: entries[0].update(path=name))
+    code, _, log = cli_run("pull", "me/m", "in/m")
+    message = log.partition("error\n")[2]
+    assert (code, repr(name) in message, "do not trust this hub" in message) == (2, True, True), log
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("ran", "in", "post-checkout")]
+
+
+@pytest.mark.fault("hub, 8 of 9: bytes decayed on the hub", "refused by their hash")
 def test_bytes_that_decayed_on_the_hub_are_found(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     object_ = hub.storage.open("models", "me/m").path_of(sha256_of(run / "model/model.safetensors"))
@@ -451,30 +585,69 @@ def test_without_a_hub_there_is_one_message(run, hub, cli_run, monkeypatch):
 
 PUSHING = """
 import os, signal
-from huggingface_hub import HfApi, constants
-from hub import client
+from huggingface_hub import HfApi
 plain = HfApi.create_commit
 def create_commit(self, *given, **words):
-    if {before}: os.kill(os.getpid(), signal.SIGKILL)
     plain(self, *given, **words)
     os.kill(os.getpid(), signal.SIGKILL)
-HfApi.create_commit = create_commit
+if {after}: HfApi.create_commit = create_commit
 from pipelines.push import push
-from pipelines.sections import TrainSection
 push("runs/run", "me/m", yes=True)
 """
 
 
-@pytest.mark.fault("`kill -9` of a push", "no half of it is visible; the next push is whole")
-@pytest.mark.slow
-@pytest.mark.parametrize("before", [True, False])
-def test_a_push_that_is_killed_can_be_made_again(before, run, hub):
+@contextmanager
+def pushing(hub, *, after=False):
+    """A push by another process; with ``after`` it kills itself once the commit is made."""
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PUSHING.format(before=before)], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert len(visible(hub)) == (0 if before else 1)
+    with subprocess.Popen([sys.executable, "-c", PUSHING.format(after=after)], env=environment) as child:
+        yield child
+        assert child.wait() == -signal.SIGKILL
+
+
+def require_all_there(run, hub):
+    """Push again; then what the hub holds is what lies here, by sha256."""
     push("runs/run", "me/m", yes=True)
     assert len(visible(hub)) == 1
+    held = {path: file.sha256 for path, file in hub.storage.open("models", "me/m").find("main").files.items()}
+    here = {path.relative_to(run / "model").as_posix(): path for path in (run / "model").iterdir()}
+    assert {path: held.get(path) for path in here if path != "MANIFEST.json"} == {
+        path: sha256_of(file) for path, file in here.items() if path != "MANIFEST.json"
+    }
+    assert held["adapter/adapter_model.safetensors"] == sha256_of(run / "adapter/adapter_model.safetensors")
+
+
+@pytest.mark.fault(
+    "hub, 9 of 9: `kill -9` in the middle of a transfer", "no byte of it is visible; the next push is whole"
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_push_that_is_killed_in_mid_transfer_can_be_made_again(number, run, hub):
+    """By the hub, when some of the bytes of so many a PUT have come; the model's weights take several."""
+    assert (run / "model/model.safetensors").stat().st_size > 2 * PIECE
+    killed = threading.Event()
+    with pushing(hub) as child:
+        hub.faults += [("PUT /lfs", "pass")] * (number - 1) + [("PUT /lfs", lambda: (child.kill(), killed.set()))]
+        assert killed.wait(60)
+    sent_before = [call for call in hub.calls if call.startswith("PUT")]
+    assert len(sent_before) >= number
+    assert not any("/commit/" in call for call in hub.calls)
+    assert hub.api.list_repo_files("me/m") == []
+    assert visible(hub) == []
+    require_all_there(run, hub)
+
+
+@pytest.mark.fault(
+    "`kill -9` of a push once its commit is made", "it is whole there; the next push has nothing to send"
+)
+@pytest.mark.slow
+def test_a_push_that_is_killed_after_its_commit_is_whole(run, hub):
+    with pushing(hub, after=True):
+        pass
+    assert len(visible(hub)) == 1
+    hub.calls.clear()
+    require_all_there(run, hub)
+    assert sent(hub) == []
 
 
 # ----------------------------------------------------------------------------------------------------- the card
@@ -492,6 +665,7 @@ def test_the_card_says_what_the_run_knows(run):
     low, high = metrics["test"]["accuracy_ci95"]
     assert f"| test | accuracy | {metrics['test']['accuracy']:.4f} | {low:.4f} - {high:.4f} |" in text
     assert "always a" in text
+    assert "\n    heedful finetune run.yaml model.name=.../base\n" in text, "what makes it again"
     assert "12 of the rows (100.00%) stand in both of train and test" in text, "the audit"
     assert "lora.r: 2" in text
     assert known.manifest["versions"]["torch"] in text
@@ -499,7 +673,7 @@ def test_the_card_says_what_the_run_knows(run):
     assert results_file(known) is None, "a file of one's own is no data set of the Hub"
 
 
-def test_figures_on_data_of_the_hub_are_named_for_it(run):
+def test_figures_on_data_of_the_hub_are_named_for_it(run, hub):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"] |= {"train": "nyu-mll/glue@abc[sst2]:train", "test": "nyu-mll/glue@abc[sst2]:validation"}
     config["model"] |= {"name": "google-bert/bert-base-cased", "revision": None}
@@ -507,7 +681,11 @@ def test_figures_on_data_of_the_hub_are_named_for_it(run):
     known = facts.read("runs/run")
     front = ModelCard(card(known, "m", hub_id="me/m")).data
     assert (front.base_model, front.datasets) == ("google-bert/bert-base-cased", ["nyu-mll/glue"])
-    entries = yaml.safe_load(results_file(known))
+    push("runs/run", "me/m", yes=True)
+    assert ".eval_results/heedful.yaml" in hub.api.list_repo_files("me/m")
+    sent_text = Path(hub.api.hf_hub_download("me/m", ".eval_results/heedful.yaml")).read_text()
+    assert sent_text == results_file(known)
+    entries = yaml.safe_load(sent_text)
     expected = {"id": "nyu-mll/glue", "task_id": "sst2", "revision": "abc"}
     assert entries[0]["dataset"] == expected
     assert entries[0]["value"] == known.metrics["test"]["accuracy"]

@@ -1,15 +1,19 @@
 """Whatever is handed in by mistake ends in one message and exit code 2, before an update, with nothing written."""
 
 import io
+import runpy
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import fault_table
 import pytest
 import torch
 import yaml
-from bad_inputs import GOOD, KINDS, evil
+from bad_inputs import CODE, GOOD, KINDS, TAG, bring_code, bring_tokenizer_code, evil, write
 from tiny_families import SHORT, save_body
+from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 
 from sources.files import sha256_of
 
@@ -83,13 +87,42 @@ def test_an_attack_runs_nothing(name, terminal, project, cli_run, monkeypatch):
     Path("run.yaml").write_text(yaml.safe_dump(config(bad.task)))
     code, _, log = cli_run(*bad.prepare())
     assert code == bad.ends, log
+    if bad.ends == 0:
+        assert [line for line in log.splitlines() if all(part in line for part in bad.said)], log
     assert not [path for path in project.parent.rglob("*") if path.name in ("ran", "ran.jinja")]
 
 
-def test_the_payload_of_the_attacks_does_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def unpickle():
     evil("evil.bin")
     torch.load("evil.bin", weights_only=False)
+
+
+def trust(spoil, open_):
+    spoil()
+    with suppress(AttributeError):  # once it has run, it has no class of that name
+        open_("./model", trust_remote_code=True)
+
+
+def script():
+    write(Path("set/set.py"), CODE)
+    runpy.run_path("set/set.py")
+
+
+PAYLOADS = {
+    "a pickle": unpickle,
+    "code that a model brings": lambda: trust(bring_code, AutoConfig.from_pretrained),
+    "code that a tokenizer brings": lambda: trust(bring_tokenizer_code, AutoTokenizer.from_pretrained),
+    "a tag of Python's": lambda: yaml.unsafe_load(f"seed: {TAG}"),
+    "a loading script": script,
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_the_payload_of_the_attacks_does_run(name, project, monkeypatch):
+    """Where somebody trusts it: or else that it does not run would prove nothing."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(project / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])  # the cache is added to it
+    PAYLOADS[name]()
     assert Path("ran").exists()
 
 

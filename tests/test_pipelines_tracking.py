@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ import psutil
 import pytest
 import tracker_files
 import yaml
+from hub_server import hub_on_loopback
 from huggingface_hub import constants
 from rich.console import Console
 from tiny_families import save_body
@@ -115,12 +116,12 @@ def test_trackers_stay_in_the_run_folder_and_end(tracked):
     assert "rackio" not in tracked.told
 
 
+@pytest.mark.fault("tokens in the environment of a run and of a push", "in no file, log, card or tracker, on no screen")
 def test_no_token_stands_in_any_file_nor_on_the_screen(tracked):
     files = [path for path in tracked.home.rglob("*") if path.is_file()]
     assert {"config.yaml", "manifest.json", "README.md", "MANIFEST.json", "heedful.db"} <= {path.name for path in files}
     assert [path for path in files if any(token.encode() in path.read_bytes() for token in (HF, WANDB))] == []
-    assert not {HF, WANDB} & set(tracked.told.split())
-    assert HF not in tracked.told
+    assert [token for token in (HF, WANDB) if token in tracked.told] == []
 
 
 SECRETS = {
@@ -134,6 +135,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.fault("a token or a password in a setting", "refused by its key, not shown; nothing is written")
 @pytest.mark.parametrize("key", SECRETS)
 def test_a_token_in_the_settings_is_refused_and_not_shown(key, tmp_path, monkeypatch, cli_run):
     monkeypatch.chdir(tmp_path)
@@ -155,6 +157,7 @@ def secret_values(key):
     return value
 
 
+@pytest.mark.fault("a token in a path, or in a file that is broken", "not shown by the message")
 def test_a_file_and_its_faults_do_not_show_a_token(tmp_path, monkeypatch, cli_run):
     monkeypatch.chdir(tmp_path)
     (tmp_path / HF).mkdir()
@@ -202,6 +205,7 @@ def test_online_without_a_key_is_refused(tmp_path, monkeypatch):
     sys.modules["wandb"].teardown()
 
 
+@pytest.mark.fault("tokens in the environment of a run that is tracked online", "on no command line; not sent on")
 @pytest.mark.slow
 def test_two_processes_online_are_one_run_without_a_token(tmp_path, monkeypatch):
     """The main process records; no command line holds what the environment does; nobody is left."""
@@ -209,16 +213,7 @@ def test_two_processes_online_are_one_run_without_a_token(tmp_path, monkeypatch)
     online = ["tracking.wandb=online", *ALL[1:]]
     command = [sys.executable, "-m", "pipelines.cli", "finetune", "run.yaml", *online, "--nproc", "2"]
     with wandb_on_loopback() as server:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_BASE_URL": server.url}
-        with subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as child:
-            lines, seen = set(), {}
-            watch = threading.Thread(target=watched, args=(psutil.Process(child.pid), lines, seen))
-            watch.start()
-            told = child.stdout.read()
-            assert child.wait() == 0, told
-            watch.join()
+        told, lines, seen = run_watched(command, WANDB_BASE_URL=server.url)
         (run,) = server.runs.values()
         received = b"".join(body for _, body in server.seen)
     history = tracker_files.history(Path("runs/run/history.jsonl"))
@@ -245,13 +240,42 @@ def without_empty(values):
     return {key: value for key, value in inside.items() if value != {}}
 
 
+@pytest.mark.fault("a token in the environment of a push to a hub", "on no command line, in no file there")
+@pytest.mark.slow
+def test_no_command_line_and_no_file_of_a_hub_holds_the_token_of_a_push(tracked, tmp_path):
+    with hub_on_loopback(tmp_path, ("me", "write")) as (server, token):
+        command = [sys.executable, "-m", "pipelines.cli", "push", str(tracked.run), "me/m", "--yes"]
+        own = {"HF_TOKEN": token, "WANDB_API_KEY": WANDB, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+        told, lines, _ = run_watched(command, **own)
+        held = server.storage.open("models", "me/m").find("main").files
+    assert "README.md" in held
+    assert any("pipelines.cli push" in line for line in lines)
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    for secret in (token, WANDB):
+        assert secret not in told + "".join(lines)
+        assert secret.encode() not in kept
+
+
+def run_watched(command, **environment):
+    """What it says; every command line on this machine meanwhile; the processes below it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    piped = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, **piped) as child:
+        lines, seen = set(), {}
+        watch = threading.Thread(target=watched, args=(psutil.Process(child.pid), lines, seen))
+        watch.start()
+        told = child.stdout.read()
+        assert child.wait() == 0, told
+        watch.join()
+    return told, lines, seen
+
+
 def watched(process, lines, seen):
-    """Collect every process below this one, and its command line, for as long as it runs."""
+    """Collect every command line, whoever's child it is, and the processes below this one, for as long as it runs."""
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        try:
-            for child in process.children(recursive=True):
-                seen[child.pid] = child
-                lines.add(" ".join(child.cmdline()))
-        except psutil.NoSuchProcess:
-            continue
-        time.sleep(0.2)
+        with suppress(psutil.NoSuchProcess):
+            seen.update({child.pid: child for child in process.children(recursive=True)})
+        for other in psutil.process_iter():
+            with suppress(psutil.Error):
+                lines.add(" ".join(other.cmdline()))
+        time.sleep(0.02)

@@ -30,6 +30,8 @@ from sources.texts import counted, first_few, first_line
 from training.configurations import load_config, quiet, token_ids
 from training.positions import Growth, Wanted, growth
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -65,6 +67,12 @@ def pretrained_hash(loaded: Loaded) -> str:
             found.update(f"{name} {tuple(parameter.shape)}\n".encode())
             found.update(parameter.detach().contiguous().view(-1).numpy().view("u1"))
     return found.hexdigest()
+
+
+def unread(name: str, *, trust_remote_code: bool) -> list[str]:
+    """Name the files of a model's folder, if it is one, that could run code and so are left alone."""
+    kinds = PICKLES if trust_remote_code else (*PICKLES, ".py")
+    return sorted(path.name for path in Path(name).iterdir() if path.suffix in kinds) if os.path.isdir(name) else []
 
 
 def load_model(
