@@ -24,6 +24,13 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each test has the precision that it asks for: accelerate keeps the first one that a process had."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def cli_run(monkeypatch, capsys):
     """Run the command line in this process; returns (exit code, stdout, stderr)."""
