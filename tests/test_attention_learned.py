@@ -21,7 +21,7 @@ from attention.masks import LazyMask
 from attention.options import Plan
 from attention.reference import dense_attention
 from attention.scoring import Scoring
-from attention.seam import CHILD, find_sites, install, mark, variant_parameters
+from attention.seam import CHILD, find_sites, install, variant_parameters
 from attention.variants import additive, linformer
 from attention.variants.linformer import homes
 from heedful import UserError
@@ -289,7 +289,7 @@ def test_what_variants_have_learned_is_opened_again(case, tmp_path):
         stir(getattr(site.module, CHILD))
     expected = model(input_ids=ids).logits.detach()
     model.save_pretrained(tmp_path)
-    mark(tmp_path)
+
     for named in (None, plan):  # a configuration that names the plan again must not lose what was learned under it
         loaded = load_model(kind, str(tmp_path), attention=named)
         assert loaded.new == loaded.unused == ()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_samples import make_mask
 from pydantic import ValidationError
-from tiny_families import COMMON, SEQ2SEQ, SIZES, TEXTS, make_model, save_body
+from tiny_families import COMMON, SEQ2SEQ, SIZES, SWAPPABLE, TEXTS, make_model, save_body
 from tiny_text import make_tokenizer
 from transformers import (
     AutoModel,
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from attention.options import Plan
-from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, mark, remove, stored_plan
+from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, remove, stored_plan
 from attention.variant import Needs
 from heedful import UserError
 from training.models import load_model
@@ -43,7 +43,7 @@ def saved(tmp_path):
     install(model, plan(WINDOW))
     ids = torch.arange(5, 29)[None]
     model.save_pretrained(tmp_path / "model")
-    mark(tmp_path / "model")
+
     return tmp_path / "model", ids, model(input_ids=ids).logits.detach()
 
 
@@ -173,19 +173,31 @@ def test_a_padded_batch_keeps_its_mask(padded):
         torch.testing.assert_close(model(input_ids=ids, attention_mask=real)[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "cache", "head_mask"])
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "indices", "block_indices", "cache", "head_mask"])
 def test_a_call_that_asks_for_more_than_a_variant_does_is_refused(name):
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=name):
         attend(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
 
 
-def test_maps_of_weights_are_refused_and_not_empty():
-    """transformers hands back an empty tuple where an implementation makes no weights."""
-    model = make_model("bert", AutoModel)
+@pytest.mark.fault(
+    "weights are asked for where a variant makes none", "refused, where transformers would give an empty tuple"
+)
+@pytest.mark.parametrize("family", SWAPPABLE)
+def test_maps_of_weights_are_refused_and_not_empty(family):
+    """Most models' layers are not told that they are asked for."""
+    model, inputs = make_model(family, AutoModel), {"input_ids": torch.arange(5, 9)[None]}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if family in SEQ2SEQ else {}
     install(model, plan("blockwise"))
+    model(**inputs, output_attentions=False, output_hidden_states=True)
     with pytest.raises(ValueError, match="output_attentions"):
-        model(input_ids=torch.arange(5, 9)[None], output_attentions=True)
+        model(**inputs, output_attentions=True)
+    asking = make_model(family, AutoModel, attn_implementation="eager")
+    asking.config.output_attentions = True
+    with pytest.raises(UserError, match="output_attentions=True in the model's configuration"):
+        install(asking, plan("blockwise"))
+    assert asking.config._attn_implementation == "eager"
+    install(asking, plan("full"))
 
 
 def test_a_mask_of_four_dimensions_is_refused():
@@ -258,9 +270,12 @@ def test_opened_by_transformers_beside_this_project_it_is_refused_when_called(sa
 
 
 def test_a_model_without_a_plan_is_saved_as_ever(tmp_path):
-    make_model("bert", AutoModel).save_pretrained(tmp_path)
+    model = make_model("bert", AutoModel)
+    model.save_pretrained(tmp_path)
     before = (tmp_path / "config.json").read_text()
-    mark(tmp_path)
+    install(model, plan(WINDOW))
+    install(model, plan("full"))
+    model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == before
 
 

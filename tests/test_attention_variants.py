@@ -6,14 +6,13 @@ import pytest
 import torch
 from attention_samples import DECODERS, NARROW, NEUTRAL, NEVER_NEUTRAL, NO_PATTERN, REFUSED, SAMPLES, neutral, swap
 from tiny_families import DECODERS as DECODER_FAMILIES
-from tiny_families import FAMILIES, SEQ2SEQ, make_model
+from tiny_families import SEQ2SEQ, SWAPPABLE, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from attention import VARIANTS
 from attention.seam import CHILD, find_sites
 from heedful import UserError
 
-SWAPPABLE = [family for family in (*FAMILIES, *DECODER_FAMILIES, *SEQ2SEQ) if family != "deberta-v2"]
 CHANGING = {**NARROW, "linformer": {"k": 8}, "additive": {}}
 """And all others that are not full attention."""
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceC
 
 from attention import VARIANTS, VariantEntry
 from attention.options import Plan
-from attention.seam import install, mark
+from attention.seam import install
 from attention.tiled import Tiled
 from pipelines import attention_check, attention_pictures, attention_show
 from pipelines.attention_check import check, common_path
@@ -212,7 +212,7 @@ def test_a_saved_plan_is_what_is_drawn(folder, cli_run):
     model = make_model("bert", AutoModel)
     install(model, Plan.model_validate({"encoder.self[0]": WINDOW}))
     model.save_pretrained("model")
-    mark(Path("model"))
+
     first, second = shown(cli_run, "model", TEXT).views
     assert (first["variant"], second["variant"]) == ("sliding_window reach=3 global_tokens=[]", "full")
     n = len(first["rows"])
