@@ -108,8 +108,13 @@ def attend(
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, LazyMask)
+def _mask(**asked: Any) -> LazyMask:
+    return LazyMask(**asked)
+
+
+# A variant is Python that asks for sizes and padding: torch.compile takes the rest of a model, and calls it as it is.
+AttentionInterface.register(NAME, torch.compiler.disable(attend))
+AttentionMaskInterface.register(NAME, torch.compiler.disable(_mask))
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
@@ -136,7 +141,7 @@ def try_out(model: PreTrainedModel) -> list[Call]:
     with recorded(model) as calls:
         try:
             _run_once(model)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             raise UserError(
                 f"{kind}: {error}",
                 where="attention",

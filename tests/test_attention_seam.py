@@ -9,21 +9,24 @@ import pytest
 import torch
 from attention_samples import make_mask
 from pydantic import ValidationError
-from tiny_families import COMMON, SEQ2SEQ, SIZES, SWAPPABLE, TEXTS, make_model, save_body
+from tiny_families import BART_SIZES, COMMON, FAMILIES, SEQ2SEQ, SIZES, SWAPPABLE, TEXTS, make_model, save_body
 from tiny_text import make_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    CLIPConfig,
     EncoderDecoderModel,
+    FNetConfig,
     GptOssConfig,
-    MPNetConfig,
-    MPNetModel,
+    MambaConfig,
+    ViTConfig,
 )
 
 from attention.options import Plan
-from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, remove, stored_plan
+from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, recorded, remove, stored_plan
 from attention.variant import Needs
 from heedful import UserError
 from training.models import load_model
@@ -135,14 +138,44 @@ def test_both_halves_of_a_joined_model_are_sites():
     assert describe(model)[-1] == "attention: cross[0-1] full", "which has no neighbours"
 
 
-def test_a_class_that_computes_attention_in_its_own_way_is_refused():
-    """transformers takes the name, and DeBERTa never calls it; MPNet would add a mask of bools to its scores."""
-    deberta, mpnet = make_model("deberta-v2", AutoModel), MPNetModel(MPNetConfig(**COMMON, **SIZES))
-    for model in (deberta, mpnet):
-        with pytest.raises(UserError, match="in its own way"):
-            install(model, plan("blockwise"))
-        assert model.config._attn_implementation != NAME
-    install(deberta, plan("full"))
+INLINE = {
+    "deberta-v2": FAMILIES["deberta-v2"],
+    "mpnet": SIZES,
+    "longformer": SIZES | {"attention_window": 4},
+    "led": BART_SIZES | {"attention_window": 4},
+    "big_bird": SIZES,
+    "nystromformer": SIZES,
+    "gpt_neo": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+}
+"""Their classes compute attention themselves: most never call a variant, MPNet would add a mask of bools to scores."""
+
+
+@pytest.mark.parametrize("family", INLINE)
+def test_a_class_that_computes_attention_in_its_own_way_is_refused(family):
+    model = AutoModel.from_config(AutoConfig.for_model(family, **COMMON | INLINE[family]))
+    with pytest.raises(UserError, match="in its own way"):
+        install(model, plan("blockwise"))
+    assert model.config._attn_implementation != NAME
+    install(model, plan("full"))
+
+
+PIXELS = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ViTConfig(**SIZES, **PIXELS), "ViTModel reads pixel_values"),
+        (CLIPConfig(text_config=COMMON | SIZES, vision_config=SIZES | PIXELS), "CLIPModel: .*not auto"),
+        (FNetConfig(**COMMON, **SIZES), "FNetModel has no attention"),
+        (MambaConfig(**COMMON, hidden_size=16, num_hidden_layers=1, state_size=4), "MambaModel has no attention"),
+    ],
+)
+def test_a_model_without_tokens_or_without_attention_is_refused(config, message):
+    for values in ("blockwise", {"encoder.self": "blockwise"}):
+        with pytest.raises(UserError, match=message):
+            install(AutoModel.from_config(config), plan(values))
 
 
 def test_a_model_that_asks_for_more_than_a_variant_does_is_refused():
@@ -219,6 +252,41 @@ def test_a_call_without_a_mask_is_as_causal_as_its_module():
         expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal, scale=0.3)
         torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-6)
         assert weights is None
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_hooks_of_others_stay_what_they_are(family):
+    """One that returns something replaces what its module gave: none is put in, and those of others go on."""
+    model, inputs = make_model(family, AutoModel), {"input_ids": torch.arange(5, 29)[None]}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if family in SEQ2SEQ else {}
+
+    def hooks():
+        return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+    before, expected = hooks(), model(**inputs)[0]
+    for site in find_sites(model):
+        site.module.register_forward_hook(lambda module, args, output: (2 * output[0], *output[1:]))
+    doubled, hooked = model(**inputs)[0], hooks()
+    install(model, plan("blockwise"))
+    with recorded(model) as calls:
+        torch.testing.assert_close(model(**inputs)[0], doubled, rtol=0, atol=1e-5)
+    assert len(calls) == len(find_sites(model)) == sum(hooked) - sum(before)
+    assert len(hooks()) == len(hooked) + len(calls)
+    assert sum(hooks()) == sum(hooked)
+    assert float((doubled - expected).detach().abs().max()) > 1e-3
+
+
+def test_a_compiled_model_calls_its_variants_as_they_are():
+    """What lies between them is compiled; in them it would be broken up at every question for a size or for padding."""
+    model, ids, graphs = make_model("bert", AutoModel, num_hidden_layers=1), torch.arange(5, 29).view(2, 12), []
+    inputs = {"input_ids": ids, "attention_mask": (ids < 26).long()}
+    install(model, plan(WINDOW))
+    expected = model(**inputs)[0]
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+    torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=0, atol=1e-6)
+    traces = [str(node.stack_trace) for graph in graphs for node in graph.graph.nodes]
+    assert any("modeling_bert.py" in trace for trace in traces)
+    assert not any(f"attention/{name}.py" in trace for trace in traces for name in ("masks", "seam", "tiled"))
 
 
 def test_a_plan_is_taken_out_without_a_trace():

@@ -1,6 +1,7 @@
 """What every variant owes the models it goes into, whatever it does inside."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -167,13 +168,21 @@ def test_a_row_padded_at_its_start_decodes_as_it_does_alone(family, tiled):
             torch.testing.assert_close(one[:1], other, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_static_cache_gives_the_same_tokens(name):
+STATIC = [("llama", name) for name in DECODERS]
+STATIC += itertools.product(["gpt2", "mistral", "gemma2", "t5", "bart"], ["blockwise", "sliding_window"])
+
+
+@pytest.mark.parametrize(("family", "name"), STATIC)
+def test_a_static_cache_gives_the_same_tokens(family, name):
     """generate makes the masks of such a cache early and hands them in again; see ``LazyMask``."""
-    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})}, trained=True)
-    inputs, settings = make_inputs("llama", left=True), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    static = model.generate(**inputs, **settings, cache_implementation="static", disable_compile=True)
-    assert torch.equal(static, model.generate(**inputs, **settings))
+    model = swapped(make_model(family, auto_class(family)), {"variant": name, **NARROW.get(name, {})}, trained=True)
+    inputs = make_inputs(family, left=family not in SEQ2SEQ)
+    inputs.pop("decoder_input_ids", None)
+    for beams in (1, 3):
+        settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        settings |= {"num_beams": beams}
+        static = model.generate(**inputs, **settings, cache_implementation="static", disable_compile=True)
+        assert torch.equal(static, model.generate(**inputs, **settings))
 
 
 @pytest.mark.parametrize("name", ["blockwise", "sliding_window", "additive"])
