@@ -113,8 +113,8 @@ def _mask(**asked: Any) -> LazyMask:
 
 
 # A variant is Python that asks for sizes and padding: torch.compile takes the rest of a model, and calls it as it is.
-AttentionInterface.register(NAME, torch.compiler.disable(attend))
-AttentionMaskInterface.register(NAME, torch.compiler.disable(_mask))
+AttentionInterface.register(NAME, torch.compiler.disable(attend))  # type: ignore[no-untyped-call]
+AttentionMaskInterface.register(NAME, torch.compiler.disable(_mask))  # type: ignore[no-untyped-call]
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:

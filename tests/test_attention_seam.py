@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from attention_samples import make_mask
+from attention_samples import Largest, make_mask
 from pydantic import ValidationError
 from tiny_families import BART_SIZES, COMMON, FAMILIES, SEQ2SEQ, SIZES, SWAPPABLE, TEXTS, make_model, save_body
 from tiny_text import make_tokenizer
@@ -32,6 +32,7 @@ from heedful import UserError
 from training.models import load_model
 from training.warm_start import join_encoders
 
+LONG = 4096
 WINDOW = {"variant": "sliding_window", "reach": 3}
 
 
@@ -233,6 +234,39 @@ def test_maps_of_weights_are_refused_and_not_empty(family):
     install(asking, plan("full"))
 
 
+ATTENTION_DROPOUT = {"bert": "attention_probs_dropout_prob", "gpt2": "attn_pdrop", "t5": "dropout_rate"}
+
+
+@pytest.mark.parametrize("family", ATTENTION_DROPOUT)
+def test_attention_dropout_reaches_the_variants(family):
+    """It is the only one here; T5 has one rate for all."""
+    model, ids = make_model(family, AutoModel, dropout=False, **{ATTENTION_DROPOUT[family]: 0.25}), torch.arange(5, 29)
+    inputs = {"input_ids": ids[None]} | ({"decoder_input_ids": ids[None]} if family in SEQ2SEQ else {})
+    for module in model.modules():
+        if family == "t5" and isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    install(model, plan("blockwise"))
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad(), recorded(model) as calls:
+            one, other = (model(**inputs)[0] for _ in range(2))
+        assert {call.scoring.dropout for call in calls} == {0.25 if training else 0.0}
+        assert torch.equal(one, other) != training
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_with_dropout_no_table_of_all_pairs_is_ever_made(family):
+    """Neither of weights, nor of T5's bias."""
+    sizes = {} if family == "t5" else {"max_position_embeddings": LONG}
+    sizes |= {} if family == "t5" else {"num_hidden_layers": 1}
+    model, ids = make_model(family, AutoModel, **sizes).train(), torch.arange(LONG)[None] % 300 + 5
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    install(model, plan("blockwise"))
+    with Largest() as largest:
+        model(**inputs)[0].sum().backward()
+    assert largest.elements <= 2 * LONG**2 // 4  # of two heads
+
+
 def test_a_mask_of_four_dimensions_is_refused():
     model = make_model("bert", AutoModel)
     install(model, plan("blockwise"))
@@ -366,6 +400,18 @@ def test_a_plan_of_a_later_version_is_named(saved):
 def test_a_place_that_the_model_lacks_is_refused(values, message):
     with pytest.raises(UserError, match=message):
         install(make_model("bert", AutoModel), plan(values))
+
+
+@pytest.mark.fault("a global token that no text of the model has", "refused, and the last position is named")
+def test_a_global_token_that_no_text_has_is_refused():
+    for family in ("bert", "gpt2"):
+        model = make_model(family, AutoModel)
+        install(model, plan(WINDOW | {"global_tokens": [63]}))
+        remove(model)
+        with pytest.raises(UserError, match=r"global token 64 at .*self\[0\] of a model with 64 positions") as refused:
+            install(model, plan(WINDOW | {"global_tokens": [0, 64]}))
+        assert "at most 63" in refused.value.expected
+        assert stored_plan(model) is None
 
 
 def test_a_variant_at_a_place_where_it_has_no_meaning_is_refused():

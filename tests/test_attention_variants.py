@@ -63,12 +63,17 @@ def test_every_variant_has_samples():
 def test_in_its_neutral_setting_a_variant_is_full_attention(family):
     model, inputs = make_model(family, auto_class(family), attention_dropout=0.0), make_inputs(family)
     expected = answers(model, inputs)
+    prompt = {name: value for name, value in make_inputs(family, left=True).items() if name != "decoder_input_ids"}
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(**prompt, **settings) if model.can_generate() else None
     for name in NEUTRAL:
         if family in REFUSED.get(name, ()):
             continue
         for tiled in (True, False):
-            ours = answers(swapped(model, {"variant": name, **neutral(name, model)}, tiled=tiled), inputs)
+            same = swapped(model, {"variant": name, **neutral(name, model)}, tiled=tiled)
+            ours = answers(same, inputs)
             assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-5, (name, tiled)
+        assert tokens is None or torch.equal(same.generate(**prompt, **settings), tokens), name
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart"])
@@ -194,6 +199,32 @@ def test_packed_texts_do_not_see_each_other(name):
         packed = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
         apart = torch.cat([model(input_ids=part)[0] for part in ids.split([12, 18], dim=1)], dim=1)
     torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"variant": "sliding_window", "reach": 3, "global_tokens": [0, 14]},
+        {"variant": "block_sparse", **NARROW["block_sparse"]},
+        {"variant": "lsh", **NARROW["lsh"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tiled", [True, False])
+def test_packed_texts_do_not_see_each_other_where_the_pattern_is_of_the_row(plan, tiled):
+    """A text sees other tokens of its own than it does alone: global ones, blocks and clusters are the row's."""
+    model = swapped(make_model("llama", AutoModelForCausalLM), plan, tiled=tiled)
+    ids = make_inputs("llama")["input_ids"][1:]
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with torch.no_grad():
+        before, after = (
+            model(input_ids=given, position_ids=positions, use_cache=False)[0][:, 12:]
+            for given in (ids, ids.index_fill(1, torch.arange(12), 7))
+        )
+    if plan["variant"] != "lsh":  # whose clusters what comes before decides on
+        assert torch.equal(before, after)
+    alone = model(input_ids=ids[:, 12:])[0].detach()
+    assert float((before - alone).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(
