@@ -86,6 +86,11 @@ class LazyMask(BlockMask):
         return self._size
 
     @property
+    def ndim(self) -> int:
+        """As many dimensions; GPT-2 asks for them of a mask that it is handed."""
+        return len(self._size)
+
+    @property
     def causal(self) -> bool:
         """Whether no query sees a later key, as far as that is known without asking for each pair."""
         return self._rule is causal_mask_function

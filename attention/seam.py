@@ -9,12 +9,10 @@ Shapes: B rows, H query heads, K key/value heads, N queries, M keys, D head size
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils.output_capturing import _active_collector as captured
 
 from attention import VARIANTS
 from attention.bias import keep_as_table, keep_as_vector
@@ -39,8 +38,13 @@ CHILD = "attention_variant"
 """Name of the variant in its attention module."""
 CROSS = ("cross", "encdec", "encoder_attn")
 """One of them is in the name of every module that looks at another text: a call does not tell."""
+NAMED = "attn_implementation"
+"""Where a saved configuration names its attention: transformers reads it, and writes none of its own accord."""
 REFUSED = {
     "s_aux": "attention sinks, which no variant has",
+    "sinks": "attention sinks, which no variant has",
+    "indices": "an index that chooses the keys, which no variant reads",
+    "block_indices": "an index that chooses the keys, which no variant reads",
     "cache": "a paged cache, which no variant reads",
     "head_mask": "no variant takes heads out",
     "output_attentions": "no variant makes a table of weights",
@@ -87,6 +91,7 @@ def attend(
     Raises:
         ValueError: The call asks for what no variant does.
     """
+    asked["output_attentions"] = asked.get("output_attentions") or _maps_are_captured()
     for name, why in REFUSED.items():
         if asked.get(name) is not None and asked[name] is not False:
             raise ValueError(f"{name}: {why}")
@@ -103,8 +108,13 @@ def attend(
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, LazyMask)
+def _mask(**asked: Any) -> LazyMask:
+    return LazyMask(**asked)
+
+
+# A variant is Python that asks for sizes and padding: torch.compile takes the rest of a model, and calls it as it is.
+AttentionInterface.register(NAME, torch.compiler.disable(attend))  # type: ignore[no-untyped-call]
+AttentionMaskInterface.register(NAME, torch.compiler.disable(_mask))  # type: ignore[no-untyped-call]
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
@@ -120,18 +130,26 @@ def try_out(model: PreTrainedModel) -> list[Call]:
     """What a run on a few tokens calls.
 
     Raises:
-        UserError: The model's class computes attention in its own way, or asks for more than any variant does.
+        UserError: The model reads no tokens, has no attention or computes it in its own way, or asks for more than any
+            variant does.
     """
+    kind = type(model).__name__
+    if model.main_input_name != "input_ids":
+        raise UserError(
+            f"{kind} reads {model.main_input_name}", where="attention", expected="a model that reads tokens"
+        )
     with recorded(model) as calls:
         try:
             _run_once(model)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             raise UserError(
-                f"{type(model).__name__}: {error}",
+                f"{kind}: {error}",
                 where="attention",
                 expected="a model of which nothing is asked beyond what a variant does",
                 fix=f"leave its attention as it is, or take another model: {ALTERNATIVES}",
             ) from error
+    if not calls:
+        raise UserError(f"{kind} has no attention", where="attention", fix=f"take another model: {ALTERNATIVES}")
     return calls
 
 
@@ -159,6 +177,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     if plan.is_full:
         remove(model)
         return
+    _refuse_maps(model)
     sites = find_sites(model)
     refuse_idle_places(plan, sites)
     chosen = [choose(plan, site) for site in sites]
@@ -171,6 +190,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         keep_as_vector(site.module, variant, cross=site.role == "cross")
     _go_through(model, NAME)
     setattr(model.config, PLAN, plan.model_dump(mode="json"))
+    setattr(model.config, NAMED, NAME)  # read without this project, it is refused in place of running as full attention
     called = {call.module for call in try_out(model)}
     if silent := [str(site) for site in sites if site.module not in called]:
         raise RuntimeError(f"in place, but not called: {', '.join(silent)}")
@@ -188,7 +208,8 @@ def remove(model: PreTrainedModel) -> None:
     for module in [module for module in model.modules() if hasattr(module, CHILD)]:
         delattr(module, CHILD)
         keep_as_table(module)
-    delattr(model.config, PLAN)
+    for name in (PLAN, NAMED):
+        vars(model.config).pop(name, None)
     _go_through(model, model.get_correct_attn_implementation(None))
 
 
@@ -209,18 +230,6 @@ def stored_plan(model: PreTrainedModel) -> Plan | None:
             where=f"{model.config.name_or_path}/config.json",
             fix="open it with the version that wrote it",
         ) from error
-
-
-def mark(folder: Path) -> None:
-    """Let a saved model with variants name this project as its attention.
-
-    transformers drops the name when it saves; read without this project, it is then refused in place of running as full
-    attention. No more than a look for a model without variants.
-    """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if PLAN in config:
-        path.write_text(json.dumps({**config, "attn_implementation": NAME}, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(model: PreTrainedModel) -> list[str]:
@@ -382,6 +391,11 @@ def _variant_of(module: nn.Module) -> Variant:
     return VARIANTS["full"].load()(FullOptions(), Site("", "encoder.self", 0, module, unasked))
 
 
+def _maps_are_captured() -> bool:
+    """Whether the model was asked for its weights: most models hear it from transformers, and tell no layer."""
+    return "attentions" in (captured.get() or ())
+
+
 def _needs(call: Call) -> Needs:
     bias = call.scoring.bias
     return Needs(
@@ -454,6 +468,16 @@ def _refuse_own_ways(model: PreTrainedModel) -> None:
             where="attention",
             expected="a model that goes through transformers' AttentionInterface",
             fix=f"leave its attention as it is, or take another model: {ALTERNATIVES}",
+        )
+
+
+def _refuse_maps(model: PreTrainedModel) -> None:
+    if any(config.output_attentions for config in _configs(model)):
+        raise UserError(
+            "output_attentions=True in the model's configuration",
+            where="attention",
+            expected=f"false: {REFUSED['output_attentions']}",
+            fix="`heedful attention show` draws the weights",
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from attention.masks import LazyMask
@@ -61,6 +62,11 @@ class Site:
         return f"{self.role}[{self.layer}]"
 
     @property
+    def positions(self) -> int | None:
+        """As many as the model has; None of one that does not say, as T5."""
+        return getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+
+    @property
     def stack(self) -> str:
         """Name of the list of blocks that it stands in; empty if in none."""
         return stack_of(self.path)
@@ -80,10 +86,12 @@ class Work:
     Args:
         scored: Whose score is computed.
         seen: That count.
+        unit: What was counted, where it is something else.
     """
 
     scored: int
     seen: int
+    unit: str = ""
 
 
 def all_pairs(length: int, *, causal: bool) -> int:
@@ -116,5 +124,11 @@ class Variant(Protocol):
         ...
 
     def work(self, length: int, heads: int, *, causal: bool) -> Work:
-        """What a text of that length costs, in pairs; a variant that does not go by pairs leaves the method out."""
+        """What a text of that length costs, in pairs; a variant that can not say leaves the method out."""
         ...
+
+
+def read_weights(variant: Variant, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+    """BHNM: what comes out of a variant where each value stands for its own key."""
+    own = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
+    return variant(query, key, own.expand(*key.shape[:2], -1, -1), mask, scoring)

@@ -123,6 +123,8 @@ def check(
     for run in _runs(findings):
         if run[0].reason:
             console.print(f"{_where(run)}, {run[0].verdict}: {run[0].reason}", highlight=False, markup=False)
+    for name, unit in _units(findings).items():
+        console.print(f"{name}, scored: {unit}", highlight=False, markup=False)
     if (kernel := max(finding.kernel_up_to for finding in findings)) >= length:
         console.print(
             f"scored: by the variant's own tiles, as in training with dropout. Up to {kernel:,} tokens, without "
@@ -204,6 +206,11 @@ def _table(findings: Sequence[Finding], title: str) -> Table:
     for run in _runs(findings):
         table.add_row(*(Text(cell) for cell in _cells(run)))
     return table
+
+
+def _units(findings: Sequence[Finding]) -> dict[str, str]:
+    """What was counted, of variants that count something else."""
+    return {f.chosen.variant: f.work.unit for f in findings if f.chosen and f.work and f.work.unit}
 
 
 def _runs(findings: Sequence[Finding]) -> list[list[Finding]]:

@@ -4,6 +4,8 @@ import dataclasses
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from attention import VARIANTS
@@ -115,6 +117,20 @@ def stir(module):
         for _, parameter in sorted(module.named_parameters()):
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return module
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor within has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
 
 
 def make_tensors(rows=2, heads=4, groups=2, queries=150, keys=150, width=8, *, dtype=torch.float64, seed=0):

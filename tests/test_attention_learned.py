@@ -4,12 +4,10 @@ import itertools
 
 import pytest
 import torch
-from attention_samples import make, make_mask, make_tensors, stir
+from attention_samples import Largest, make, make_mask, make_tensors, stir
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import make_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
@@ -21,7 +19,7 @@ from attention.masks import LazyMask
 from attention.options import Plan
 from attention.reference import dense_attention
 from attention.scoring import Scoring
-from attention.seam import CHILD, find_sites, install, mark, variant_parameters
+from attention.seam import CHILD, find_sites, install, variant_parameters
 from attention.variants import additive, linformer
 from attention.variants.linformer import homes
 from heedful import UserError
@@ -164,20 +162,6 @@ def test_additive_begins_as_the_mean_of_what_is_seen():
     torch.testing.assert_close(out, even, rtol=0, atol=1e-12)
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements that a tensor within has."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return out
-
-
 def test_the_table_inside_additive_never_stands_whole(monkeypatch):
     monkeypatch.setattr(additive, "BLOCK", 2**14)
     variant, tensors = trained("additive"), make_tensors(queries=128, keys=128)
@@ -187,7 +171,7 @@ def test_the_table_inside_additive_never_stands_whole(monkeypatch):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with _Largest() as largest:
+    with Largest() as largest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = variant(*tensors, make_mask(queries=128, keys=128, padding=False), Scoring(0.3))
         out.sum().backward()
@@ -289,7 +273,7 @@ def test_what_variants_have_learned_is_opened_again(case, tmp_path):
         stir(getattr(site.module, CHILD))
     expected = model(input_ids=ids).logits.detach()
     model.save_pretrained(tmp_path)
-    mark(tmp_path)
+
     for named in (None, plan):  # a configuration that names the plan again must not lose what was learned under it
         loaded = load_model(kind, str(tmp_path), attention=named)
         assert loaded.new == loaded.unused == ()

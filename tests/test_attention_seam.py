@@ -7,28 +7,32 @@ import sys
 
 import pytest
 import torch
-from attention_samples import make_mask
+from attention_samples import Largest, make_mask
 from pydantic import ValidationError
-from tiny_families import COMMON, SEQ2SEQ, SIZES, TEXTS, make_model, save_body
+from tiny_families import BART_SIZES, COMMON, FAMILIES, SEQ2SEQ, SIZES, SWAPPABLE, TEXTS, make_model, save_body
 from tiny_text import make_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    CLIPConfig,
     EncoderDecoderModel,
+    FNetConfig,
     GptOssConfig,
-    MPNetConfig,
-    MPNetModel,
+    MambaConfig,
+    ViTConfig,
 )
 
 from attention.options import Plan
-from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, mark, remove, stored_plan
+from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, recorded, remove, stored_plan
 from attention.variant import Needs
 from heedful import UserError
 from training.models import load_model
 from training.warm_start import join_encoders
 
+LONG = 4096
 WINDOW = {"variant": "sliding_window", "reach": 3}
 
 
@@ -43,7 +47,7 @@ def saved(tmp_path):
     install(model, plan(WINDOW))
     ids = torch.arange(5, 29)[None]
     model.save_pretrained(tmp_path / "model")
-    mark(tmp_path / "model")
+
     return tmp_path / "model", ids, model(input_ids=ids).logits.detach()
 
 
@@ -135,14 +139,44 @@ def test_both_halves_of_a_joined_model_are_sites():
     assert describe(model)[-1] == "attention: cross[0-1] full", "which has no neighbours"
 
 
-def test_a_class_that_computes_attention_in_its_own_way_is_refused():
-    """transformers takes the name, and DeBERTa never calls it; MPNet would add a mask of bools to its scores."""
-    deberta, mpnet = make_model("deberta-v2", AutoModel), MPNetModel(MPNetConfig(**COMMON, **SIZES))
-    for model in (deberta, mpnet):
-        with pytest.raises(UserError, match="in its own way"):
-            install(model, plan("blockwise"))
-        assert model.config._attn_implementation != NAME
-    install(deberta, plan("full"))
+INLINE = {
+    "deberta-v2": FAMILIES["deberta-v2"],
+    "mpnet": SIZES,
+    "longformer": SIZES | {"attention_window": 4},
+    "led": BART_SIZES | {"attention_window": 4},
+    "big_bird": SIZES,
+    "nystromformer": SIZES,
+    "gpt_neo": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+}
+"""Their classes compute attention themselves: most never call a variant, MPNet would add a mask of bools to scores."""
+
+
+@pytest.mark.parametrize("family", INLINE)
+def test_a_class_that_computes_attention_in_its_own_way_is_refused(family):
+    model = AutoModel.from_config(AutoConfig.for_model(family, **COMMON | INLINE[family]))
+    with pytest.raises(UserError, match="in its own way"):
+        install(model, plan("blockwise"))
+    assert model.config._attn_implementation != NAME
+    install(model, plan("full"))
+
+
+PIXELS = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ViTConfig(**SIZES, **PIXELS), "ViTModel reads pixel_values"),
+        (CLIPConfig(text_config=COMMON | SIZES, vision_config=SIZES | PIXELS), "CLIPModel: .*not auto"),
+        (FNetConfig(**COMMON, **SIZES), "FNetModel has no attention"),
+        (MambaConfig(**COMMON, hidden_size=16, num_hidden_layers=1, state_size=4), "MambaModel has no attention"),
+    ],
+)
+def test_a_model_without_tokens_or_without_attention_is_refused(config, message):
+    for values in ("blockwise", {"encoder.self": "blockwise"}):
+        with pytest.raises(UserError, match=message):
+            install(AutoModel.from_config(config), plan(values))
 
 
 def test_a_model_that_asks_for_more_than_a_variant_does_is_refused():
@@ -173,19 +207,64 @@ def test_a_padded_batch_keeps_its_mask(padded):
         torch.testing.assert_close(model(input_ids=ids, attention_mask=real)[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "cache", "head_mask"])
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "indices", "block_indices", "cache", "head_mask"])
 def test_a_call_that_asks_for_more_than_a_variant_does_is_refused(name):
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=name):
         attend(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
 
 
-def test_maps_of_weights_are_refused_and_not_empty():
-    """transformers hands back an empty tuple where an implementation makes no weights."""
-    model = make_model("bert", AutoModel)
+@pytest.mark.fault(
+    "weights are asked for where a variant makes none", "refused, where transformers would give an empty tuple"
+)
+@pytest.mark.parametrize("family", SWAPPABLE)
+def test_maps_of_weights_are_refused_and_not_empty(family):
+    """Most models' layers are not told that they are asked for."""
+    model, inputs = make_model(family, AutoModel), {"input_ids": torch.arange(5, 9)[None]}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if family in SEQ2SEQ else {}
     install(model, plan("blockwise"))
+    model(**inputs, output_attentions=False, output_hidden_states=True)
     with pytest.raises(ValueError, match="output_attentions"):
-        model(input_ids=torch.arange(5, 9)[None], output_attentions=True)
+        model(**inputs, output_attentions=True)
+    asking = make_model(family, AutoModel, attn_implementation="eager")
+    asking.config.output_attentions = True
+    with pytest.raises(UserError, match="output_attentions=True in the model's configuration"):
+        install(asking, plan("blockwise"))
+    assert asking.config._attn_implementation == "eager"
+    install(asking, plan("full"))
+
+
+ATTENTION_DROPOUT = {"bert": "attention_probs_dropout_prob", "gpt2": "attn_pdrop", "t5": "dropout_rate"}
+
+
+@pytest.mark.parametrize("family", ATTENTION_DROPOUT)
+def test_attention_dropout_reaches_the_variants(family):
+    """It is the only one here; T5 has one rate for all."""
+    model, ids = make_model(family, AutoModel, dropout=False, **{ATTENTION_DROPOUT[family]: 0.25}), torch.arange(5, 29)
+    inputs = {"input_ids": ids[None]} | ({"decoder_input_ids": ids[None]} if family in SEQ2SEQ else {})
+    for module in model.modules():
+        if family == "t5" and isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    install(model, plan("blockwise"))
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad(), recorded(model) as calls:
+            one, other = (model(**inputs)[0] for _ in range(2))
+        assert {call.scoring.dropout for call in calls} == {0.25 if training else 0.0}
+        assert torch.equal(one, other) != training
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_with_dropout_no_table_of_all_pairs_is_ever_made(family):
+    """Neither of weights, nor of T5's bias."""
+    sizes = {} if family == "t5" else {"max_position_embeddings": LONG}
+    sizes |= {} if family == "t5" else {"num_hidden_layers": 1}
+    model, ids = make_model(family, AutoModel, **sizes).train(), torch.arange(LONG)[None] % 300 + 5
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    install(model, plan("blockwise"))
+    with Largest() as largest:
+        model(**inputs)[0].sum().backward()
+    assert largest.elements <= 2 * LONG**2 // 4  # of two heads
 
 
 def test_a_mask_of_four_dimensions_is_refused():
@@ -207,6 +286,41 @@ def test_a_call_without_a_mask_is_as_causal_as_its_module():
         expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal, scale=0.3)
         torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-6)
         assert weights is None
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_hooks_of_others_stay_what_they_are(family):
+    """One that returns something replaces what its module gave: none is put in, and those of others go on."""
+    model, inputs = make_model(family, AutoModel), {"input_ids": torch.arange(5, 29)[None]}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if family in SEQ2SEQ else {}
+
+    def hooks():
+        return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+    before, expected = hooks(), model(**inputs)[0]
+    for site in find_sites(model):
+        site.module.register_forward_hook(lambda module, args, output: (2 * output[0], *output[1:]))
+    doubled, hooked = model(**inputs)[0], hooks()
+    install(model, plan("blockwise"))
+    with recorded(model) as calls:
+        torch.testing.assert_close(model(**inputs)[0], doubled, rtol=0, atol=1e-5)
+    assert len(calls) == len(find_sites(model)) == sum(hooked) - sum(before)
+    assert len(hooks()) == len(hooked) + len(calls)
+    assert sum(hooks()) == sum(hooked)
+    assert float((doubled - expected).detach().abs().max()) > 1e-3
+
+
+def test_a_compiled_model_calls_its_variants_as_they_are():
+    """What lies between them is compiled; in them it would be broken up at every question for a size or for padding."""
+    model, ids, graphs = make_model("bert", AutoModel, num_hidden_layers=1), torch.arange(5, 29).view(2, 12), []
+    inputs = {"input_ids": ids, "attention_mask": (ids < 26).long()}
+    install(model, plan(WINDOW))
+    expected = model(**inputs)[0]
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+    torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=0, atol=1e-6)
+    traces = [str(node.stack_trace) for graph in graphs for node in graph.graph.nodes]
+    assert any("modeling_bert.py" in trace for trace in traces)
+    assert not any(f"attention/{name}.py" in trace for trace in traces for name in ("masks", "seam", "tiled"))
 
 
 def test_a_plan_is_taken_out_without_a_trace():
@@ -258,9 +372,12 @@ def test_opened_by_transformers_beside_this_project_it_is_refused_when_called(sa
 
 
 def test_a_model_without_a_plan_is_saved_as_ever(tmp_path):
-    make_model("bert", AutoModel).save_pretrained(tmp_path)
+    model = make_model("bert", AutoModel)
+    model.save_pretrained(tmp_path)
     before = (tmp_path / "config.json").read_text()
-    mark(tmp_path)
+    install(model, plan(WINDOW))
+    install(model, plan("full"))
+    model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == before
 
 
@@ -283,6 +400,18 @@ def test_a_plan_of_a_later_version_is_named(saved):
 def test_a_place_that_the_model_lacks_is_refused(values, message):
     with pytest.raises(UserError, match=message):
         install(make_model("bert", AutoModel), plan(values))
+
+
+@pytest.mark.fault("a global token that no text of the model has", "refused, and the last position is named")
+def test_a_global_token_that_no_text_has_is_refused():
+    for family in ("bert", "gpt2"):
+        model = make_model(family, AutoModel)
+        install(model, plan(WINDOW | {"global_tokens": [63]}))
+        remove(model)
+        with pytest.raises(UserError, match=r"global token 64 at .*self\[0\] of a model with 64 positions") as refused:
+            install(model, plan(WINDOW | {"global_tokens": [0, 64]}))
+        assert "at most 63" in refused.value.expected
+        assert stored_plan(model) is None
 
 
 def test_a_variant_at_a_place_where_it_has_no_meaning_is_refused():

@@ -1,19 +1,19 @@
 """What every variant owes the models it goes into, whatever it does inside."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from attention_samples import DECODERS, NARROW, NEUTRAL, NEVER_NEUTRAL, NO_PATTERN, REFUSED, SAMPLES, neutral, swap
 from tiny_families import DECODERS as DECODER_FAMILIES
-from tiny_families import FAMILIES, SEQ2SEQ, make_model
+from tiny_families import SEQ2SEQ, SWAPPABLE, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from attention import VARIANTS
 from attention.seam import CHILD, find_sites
 from heedful import UserError
 
-SWAPPABLE = [family for family in (*FAMILIES, *DECODER_FAMILIES, *SEQ2SEQ) if family != "deberta-v2"]
 CHANGING = {**NARROW, "linformer": {"k": 8}, "additive": {}}
 """And all others that are not full attention."""
 
@@ -63,12 +63,17 @@ def test_every_variant_has_samples():
 def test_in_its_neutral_setting_a_variant_is_full_attention(family):
     model, inputs = make_model(family, auto_class(family), attention_dropout=0.0), make_inputs(family)
     expected = answers(model, inputs)
+    prompt = {name: value for name, value in make_inputs(family, left=True).items() if name != "decoder_input_ids"}
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(**prompt, **settings) if model.can_generate() else None
     for name in NEUTRAL:
         if family in REFUSED.get(name, ()):
             continue
         for tiled in (True, False):
-            ours = answers(swapped(model, {"variant": name, **neutral(name, model)}, tiled=tiled), inputs)
+            same = swapped(model, {"variant": name, **neutral(name, model)}, tiled=tiled)
+            ours = answers(same, inputs)
             assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-5, (name, tiled)
+        assert tokens is None or torch.equal(same.generate(**prompt, **settings), tokens), name
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart"])
@@ -168,13 +173,21 @@ def test_a_row_padded_at_its_start_decodes_as_it_does_alone(family, tiled):
             torch.testing.assert_close(one[:1], other, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_static_cache_gives_the_same_tokens(name):
+STATIC = [("llama", name) for name in DECODERS]
+STATIC += itertools.product(["gpt2", "mistral", "gemma2", "t5", "bart"], ["blockwise", "sliding_window"])
+
+
+@pytest.mark.parametrize(("family", "name"), STATIC)
+def test_a_static_cache_gives_the_same_tokens(family, name):
     """generate makes the masks of such a cache early and hands them in again; see ``LazyMask``."""
-    model = swapped(make_model("llama", AutoModelForCausalLM), {"variant": name, **NARROW.get(name, {})}, trained=True)
-    inputs, settings = make_inputs("llama", left=True), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    static = model.generate(**inputs, **settings, cache_implementation="static", disable_compile=True)
-    assert torch.equal(static, model.generate(**inputs, **settings))
+    model = swapped(make_model(family, auto_class(family)), {"variant": name, **NARROW.get(name, {})}, trained=True)
+    inputs = make_inputs(family, left=family not in SEQ2SEQ)
+    inputs.pop("decoder_input_ids", None)
+    for beams in (1, 3):
+        settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        settings |= {"num_beams": beams}
+        static = model.generate(**inputs, **settings, cache_implementation="static", disable_compile=True)
+        assert torch.equal(static, model.generate(**inputs, **settings))
 
 
 @pytest.mark.parametrize("name", ["blockwise", "sliding_window", "additive"])
@@ -186,6 +199,32 @@ def test_packed_texts_do_not_see_each_other(name):
         packed = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
         apart = torch.cat([model(input_ids=part)[0] for part in ids.split([12, 18], dim=1)], dim=1)
     torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"variant": "sliding_window", "reach": 3, "global_tokens": [0, 14]},
+        {"variant": "block_sparse", **NARROW["block_sparse"]},
+        {"variant": "lsh", **NARROW["lsh"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tiled", [True, False])
+def test_packed_texts_do_not_see_each_other_where_the_pattern_is_of_the_row(plan, tiled):
+    """A text sees other tokens of its own than it does alone: global ones, blocks and clusters are the row's."""
+    model = swapped(make_model("llama", AutoModelForCausalLM), plan, tiled=tiled)
+    ids = make_inputs("llama")["input_ids"][1:]
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with torch.no_grad():
+        before, after = (
+            model(input_ids=given, position_ids=positions, use_cache=False)[0][:, 12:]
+            for given in (ids, ids.index_fill(1, torch.arange(12), 7))
+        )
+    if plan["variant"] != "lsh":  # whose clusters what comes before decides on
+        assert torch.equal(before, after)
+    alone = model(input_ids=ids[:, 12:])[0].detach()
+    assert float((before - alone).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(

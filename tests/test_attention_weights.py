@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_samples import NO_PATTERN, each_sample, make, make_mask, make_tensors
+from attention_samples import NO_PATTERN, each_sample, make, make_mask, make_tensors, stir
 from tiny_families import DECODERS, SEQ2SEQ, make_model
 from transformers import AutoModel
 
@@ -12,6 +12,8 @@ from attention.options import Plan
 from attention.scoring import Scoring
 from attention.seam import install, recorded, sites_of
 from attention.tiled import Extent, tile_side
+from attention.variant import Work
+from attention.variants import additive, lsh
 
 PLANS = {
     "none": None,
@@ -19,7 +21,7 @@ PLANS = {
     "blockwise": "blockwise",
     "sliding_window": {"variant": "sliding_window", "reach": 3},
 }
-NO_TABLE = ("linformer", "additive", "grouped_query")
+NO_TABLE = ("linformer",)
 
 
 def run(family, plan, *, tiled):
@@ -85,15 +87,56 @@ def test_work_is_what_the_tiles_hold(name, settings, causal):
 
 
 def test_full_attention_works_on_every_pair():
-    assert dataclasses.astuple(make("full", {}).work(6, 2, causal=False)) == (36, 36)
-    assert dataclasses.astuple(make("full", {}).work(6, 2, causal=True)) == (21, 21)
+    assert make("full", {}).work(6, 2, causal=False) == Work(36, 36)
+    assert make("full", {}).work(6, 2, causal=True) == Work(21, 21)
+
+
+def test_linformer_works_on_slots():
+    for length, pairs in ((333, 333 * 16), (9, 81)):
+        work = make("linformer", {"k": 16}).work(length, 2, causal=False)
+        assert (work.scored, work.seen) == (pairs, pairs)
+        assert "a query and a slot" in work.unit
+
+
+def test_additive_works_on_blocks_of_queries(monkeypatch):
+    monkeypatch.setattr(additive, "BLOCK", 4 * 8 * 333 * 100)  # of heads, width and keys: 100 queries at a time
+    variant = make("additive", {})
+    for causal, scored, seen in ((False, 333**2, 333**2), (True, 100 * (100 + 200 + 300) + 33 * 333, 333 * 334 // 2)):
+        work = variant.work(333, 4, causal=causal)
+        assert (work.scored, work.seen) == (scored, seen)
+        assert "8 values of tanh" in work.unit
+
+
+@pytest.mark.parametrize("length", [333, 16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lsh_works_on_what_its_rounds_score(causal, length, monkeypatch):
+    scored, part = [], lsh.Block.part
+    monkeypatch.setattr(
+        lsh.Block,
+        "part",
+        lambda own, chunks, keys, *rest: (
+            scored.append(own.query.shape[2] * keys.shape[-1]) or part(own, chunks, keys, *rest)
+        ),
+    )
+    role = "decoder.self" if causal else "encoder.self"
+    variant = make("lsh", {"cluster_size": 16, "rounds": 3, "buckets": 8}, role=role)
+    query, key, _ = make_tensors(rows=1, heads=1, groups=1, queries=length, keys=length)
+    with torch.no_grad():
+        weights = variant.weights(query, key, make_mask(1, length, length, causal=causal, padding=False), Scoring(0.4))
+    work = variant.work(length, 1, causal=causal)
+    assert int((weights > 0).sum()) <= work.seen <= work.scored
+    if length > 16 * (lsh.BLOCK if causal else 1):
+        assert work.scored == sum(scored)
+        assert "every round" in work.unit
+    else:
+        assert work == make("blockwise", {}).work(length, 1, causal=causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("name", "settings"), [s for s in each_sample() if s[0] not in NO_TABLE])
 @torch.no_grad()
 def test_weights_are_those_of_a_padded_batch(name, settings, causal):
-    variant, mask = make(name, settings), make_mask(causal=causal)
+    variant, mask = stir(make(name, settings)).double(), make_mask(causal=causal)
     groups = 1 if name == "full" else 2  # which goes by its module's, and here has none
     query, key, value = make_tensors(groups=groups)
     scoring = Scoring(0.4)
@@ -102,6 +145,7 @@ def test_weights_are_those_of_a_padded_batch(name, settings, causal):
     assert bool((weights >= 0).all())
     real = torch.ones(2, 150, dtype=torch.bool)
     real[0, -30:], real[1, :20] = False, False
-    out = weights @ value.repeat_interleave(groups, dim=1)
+    taken = value.view(2, settings["kv_heads"], -1, 150, 8).mean(2) if name == "grouped_query" else value
+    out = weights @ taken.repeat_interleave(4 // taken.shape[1], dim=1)
     difference = (out - variant(query, key, value, mask, scoring)).transpose(1, 2)[real]
     assert float(difference.abs().max()) <= 1e-10

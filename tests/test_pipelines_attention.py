@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceC
 
 from attention import VARIANTS, VariantEntry
 from attention.options import Plan
-from attention.seam import install, mark
+from attention.seam import install
 from attention.tiled import Tiled
 from pipelines import attention_check, attention_pictures, attention_show
 from pipelines.attention_check import check, common_path
@@ -154,6 +154,17 @@ def test_what_a_variant_brings_and_does_not_say_is_shown(folder, cli_run, monkey
     assert [cell.strip() for cell in out.splitlines()[4].split("│")[-4:-1]] == ["32", "-", "-"]
 
 
+@pytest.mark.parametrize(
+    ("name", "unit"), [("linformer", "a query and a slot"), ("additive", "values of tanh"), ("blockwise", None)]
+)
+def test_what_is_counted_is_said_where_it_is_no_pair_of_a_product(folder, cli_run, name, unit):
+    save_body("bert", "model")
+    code, out, _ = cli_run("attention", "check", "model", f"attention={name}")
+    assert code == 0
+    assert (f"{name}, scored: " in out) == (unit is not None)
+    assert unit is None or unit in out
+
+
 def test_a_plan_that_goes_in_nowhere_is_refused(folder, cli_run, monkeypatch):
     save_body("bert", "model")
     monkeypatch.setitem(VARIANTS, "blockwise", replace(VARIANTS["blockwise"], roles=("cross",)))
@@ -212,7 +223,7 @@ def test_a_saved_plan_is_what_is_drawn(folder, cli_run):
     model = make_model("bert", AutoModel)
     install(model, Plan.model_validate({"encoder.self[0]": WINDOW}))
     model.save_pretrained("model")
-    mark(Path("model"))
+
     first, second = shown(cli_run, "model", TEXT).views
     assert (first["variant"], second["variant"]) == ("sliding_window reach=3 global_tokens=[]", "full")
     n = len(first["rows"])

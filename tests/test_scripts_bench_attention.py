@@ -38,6 +38,16 @@ def test_distances_are_as_small_as_promised(monkeypatch):
     assert found["gradient"] <= 1e-11
 
 
+def test_each_variant_is_measured_or_said_to_be_left_out(monkeypatch, tmp_path):
+    nothing = dict.fromkeys(("output", "gradient", "kernel_output", "kernel_gradient"), 0.0)
+    monkeypatch.setattr(exactness, "distances", lambda name, kind: nothing)
+    exactness.measure(tmp_path)
+    page = (tmp_path / "exactness.md").read_text()
+    assert "device: " in page
+    for name in VARIANTS:
+        assert (f"| {exactness.settings_of(name)} |" in page) != (f"{name}, whose" in page)
+
+
 def test_a_wrong_variant_is_far_off(monkeypatch):
     monkeypatch.setattr(exactness, "LENGTH", 1030)
     wider = exactness.make_variant("sliding_window")
@@ -87,6 +97,8 @@ def test_every_variant_has_a_page_that_takes_its_figures(tmp_path):
     for name in VARIANTS:
         (tmp_path / f"{name}.md").write_text((DOCS / f"{name}.md").read_text())
     report = {"variant": "strided", "length": 4096, "dropout": 0.0, "ratio": 0.41, "mib": 50.0}
+    distances = {"variant": "strided", "type": "fp32", "output": 9e-7, "gradient": 1e-6}
+    (tmp_path / "exactness.json").write_text(json.dumps({"reports": [distances]}))
     (tmp_path / "speed.json").write_text(json.dumps({"reports": [report]}))
     runs = {
         "full": [{"headline": "f1", "metrics": {"f1": 0.5}}],
@@ -97,6 +109,7 @@ def test_every_variant_has_a_page_that_takes_its_figures(tmp_path):
         pages.measure(tmp_path)
         page = (tmp_path / "strided.md").read_text()
         assert page.count("| 4,096 tokens | 0.41 | 50 |") == 1
+        assert page.count("| fp32 | 9e-07 | 1e-06 |") == 1
         assert page.count("- ner, strided: f1 0.4000, full 0.5000") == 1
     assert "tokens |" not in (tmp_path / "full.md").read_text()
 

@@ -50,6 +50,8 @@ SEQ2SEQ = {
     "marian": BART_SIZES | IDS,
     "pegasus": BART_SIZES | IDS,
 }
+SWAPPABLE = [family for family in (*FAMILIES, *DECODERS, *SEQ2SEQ) if family != "deberta-v2"]
+"""Those that take other attention."""
 HALF = {"model_type": "bert"} | SIZES | COMMON
 JOINED = {
     "encoder-decoder": IDS | {"encoder": HALF, "decoder": HALF | {"is_decoder": True, "add_cross_attention": True}},

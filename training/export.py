@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from attention.seam import mark
 from heedful import UserError
 from sources.files import write_whole
 from tasks.batching import model_inputs
@@ -83,7 +82,6 @@ def _with_adapter(task: Task, adapter: Path, base: dict[str, Any], four_bits: Fo
 
 def _write_model(model: Any, task: Task, folder: Path) -> None:
     model.save_pretrained(folder)
-    mark(folder)
     task.tokenizer.save_pretrained(folder)
     save_task(task, folder)
 

@@ -14,6 +14,8 @@ Shapes: B rows, H query heads, K key/value heads, N queries, M keys, D head size
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -24,7 +26,7 @@ from attention.masks import LazyMask
 from attention.options import AdditiveOptions
 from attention.reference import masked_softmax
 from attention.scoring import Scoring
-from attention.variant import Site
+from attention.variant import Site, Work, all_pairs, read_weights
 from heedful import UserError
 
 LONGEST = 2048
@@ -61,7 +63,7 @@ class Additive(nn.Module):
         query, key = query @ self.W.mT, key @ self.U.mT
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         out = []
-        for block in ranges(queries, max(1, BLOCK // (rows * heads * keys * width))):
+        for block in _blocks(queries, keys, rows * heads * width):
             end = min(keys, block.stop + mask.q_offset - mask.kv_offset) if mask.causal else keys
             parts = query[:, :, block], key[:, :, :end], value[:, :, :end]
             out.append(
@@ -77,6 +79,17 @@ class Additive(nn.Module):
             )
         return torch.cat(out, dim=2)
 
+    def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """BHNM; see ``attention.variant.Variant``."""
+        return read_weights(self, query, key, mask, scoring)
+
+    def work(self, length: int, heads: int, *, causal: bool) -> Work:
+        """By its blocks; see ``attention.variant.Variant``."""
+        blocks = _blocks(length, length, self.v.numel())
+        scored = sum((b.stop - b.start) * (b.stop if causal else length) for b in blocks)
+        width = self.v.shape[1]
+        return Work(scored, all_pairs(length, causal=causal), f"pairs, each of which costs {width} values of tanh")
+
     def extra_repr(self) -> str:
         """Heads and their size."""
         return "heads={}, key_heads={}, width={}".format(len(self.W), *self.U.shape[:2])
@@ -89,6 +102,11 @@ class Additive(nn.Module):
         hidden_BHnmD = (query_BHnD[:, :, :, None] + key_BHmD[:, :, None]).tanh_()
         scores = (hidden_BHnmD @ self.v[:, None, :, None]).squeeze(-1)
         return dropout(masked_softmax(scores, allowed), drop, training=drop > 0) @ value_BHmD
+
+
+def _blocks(queries: int, keys: int, values: int) -> Iterator[slice]:
+    """Of queries; ``values`` are those inside tanh of one pair in all rows and heads."""
+    return ranges(queries, max(1, BLOCK // (values * keys)))
 
 
 def make(options: AdditiveOptions, site: Site) -> Additive:

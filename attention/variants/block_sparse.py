@@ -86,8 +86,7 @@ def drawn(seed: tuple[int, ...], block: int, horizon: int, count: int) -> tuple[
 
 def make(options: BlockSparseOptions, site: Site) -> Tiled:
     """For self-attention; each layer draws blocks of its own."""
-    config = getattr(site.module, "config", None)
-    longest = getattr(config, "max_position_embeddings", None) or LONGEST
+    longest = site.positions or LONGEST
     blocks = Blocks(
         size=options.block_size,
         around=options.window_blocks // 2,

@@ -29,6 +29,10 @@ class GroupedQuery(nn.Module):
         out: Tensor = self.full(query, self._pooled(key), self._pooled(value), mask, scoring)
         return out
 
+    def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+        """BHNM, of the means of the values; see ``attention.variant.Variant``."""
+        return self.full.weights(query, self._pooled(key), mask, scoring)
+
     def work(self, length: int, heads: int, *, causal: bool) -> Work:
         """Every pair; see ``attention.variant.Variant``."""
         return self.full.work(length, heads, causal=causal)

@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot, scaled_dot_product_attention
 from attention.masks import LazyMask
 from attention.options import LinformerOptions
 from attention.scoring import Scoring
-from attention.variant import Site
+from attention.variant import Site, Work
 from heedful import UserError
 
 
@@ -68,6 +68,11 @@ class Linformer(nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
+    def work(self, length: int, heads: int, *, causal: bool) -> Work:
+        """By its slots; see ``attention.variant.Variant``."""
+        pairs = length * min(length, len(self.E))
+        return Work(pairs, pairs, "pairs of a query and a slot; to fill the slots costs as much again")
+
     def extra_repr(self) -> str:
         """Slots and positions."""
         return f"k={len(self.E)}, positions={len(self.home_L)}"
@@ -107,7 +112,7 @@ def make(options: LinformerOptions, site: Site) -> Linformer:
     Raises:
         UserError: The model does not say how many positions it has.
     """
-    positions = getattr(getattr(site.module, "config", None), "max_position_embeddings", None)
+    positions = site.positions
     if positions is None:
         raise UserError(
             f"linformer at {site} of a model that does not say how many positions it has",

@@ -40,7 +40,7 @@ from attention.masks import LazyMask
 from attention.options import LshOptions
 from attention.scoring import Scoring
 from attention.tiled import Tiled
-from attention.variant import Site
+from attention.variant import Site, Work, all_pairs, read_weights
 from attention.variants.blockwise import Everything
 
 BLOCK = 4
@@ -82,9 +82,21 @@ class Lsh(nn.Module):
         return out.to(query.dtype)
 
     def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
-        """BHNM: what comes out where each value stands for its own key; see ``attention.variant.Variant``."""
-        own = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
-        return self(query, key, own.expand(*key.shape[:2], -1, -1), mask, scoring)  # type: ignore[no-any-return]
+        """BHNM; see ``attention.variant.Variant``."""
+        return read_weights(self, query, key, mask, scoring)
+
+    def work(self, length: int, heads: int, *, causal: bool) -> Work:
+        """Of its rounds, whatever the tokens are; see ``attention.variant.Variant``."""
+        size = self.options.cluster_size * (BLOCK if self.causal else 1)
+        if length <= size:
+            return self.dense.work(length, heads, causal=causal)
+        scored = seen = 0
+        for block in ranges(length, size if self.causal else length):
+            tokens, keys = block.stop - block.start, block.start if self.causal else length
+            own = Work(tokens**2, all_pairs(tokens, causal=True)) if self.causal else Work(0, 0)
+            scored += own.scored + tokens * self.options.rounds * min(self.options.cluster_size, keys)
+            seen += own.seen + tokens * min(keys, self.options.rounds * self.options.cluster_size)
+        return Work(scored, seen, "pairs of every round; seen: at most, where no pair meets in two rounds")
 
     def extra_repr(self) -> str:
         """The settings."""

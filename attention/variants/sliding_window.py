@@ -17,6 +17,7 @@ from attention.options import SlidingWindowOptions
 from attention.pieces import merged, without
 from attention.tiled import Extent, Tiled
 from attention.variant import Site
+from heedful import UserError
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,16 @@ def _shifted(piece: slice, size: int) -> Iterator[slice]:
 
 
 def make(options: SlidingWindowOptions, site: Site) -> Tiled:
-    """For self-attention."""
+    """For self-attention.
+
+    Raises:
+        UserError: A global token that no text of the model has.
+    """
+    last = max(options.global_tokens, default=0)
+    if site.positions is not None and last >= site.positions:
+        raise UserError(
+            f"global token {last} at {site} of a model with {site.positions:,} positions",
+            where="attention.global_tokens",
+            expected=f"at most {site.positions - 1}: they are counted from 0, the first token of a text",
+        )
     return Tiled(Window(options.reach, tuple(sorted(set(options.global_tokens)))))

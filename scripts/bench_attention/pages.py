@@ -16,7 +16,7 @@ def measure(write: Write = None) -> None:
     """Fill in the figures that were measured and written; what was not is left out."""
     write = write or FOLDER
     for name in VARIANTS:
-        parts = [part for part in (_measured(name, write), _quality(name, write)) if part]
+        parts = [part for part in (_measured(name, write), _exactness(name, write), _quality(name, write)) if part]
         replace_section(write / f"{name}.md", "figures", "\n\n".join(parts))
 
 
@@ -29,6 +29,13 @@ def _measured(name: str, folder: Path) -> str:
     ]
     shown = table([settings_of(name), "time, share of torch's kernel's", "memory, MiB"], rows)
     return f"{shown}\n\n[How, and beside the others](speed.md)" if rows else ""
+
+
+def _exactness(name: str, folder: Path) -> str:
+    own = [report for report in _reports(folder / "exactness.json") if report["variant"] == name]
+    rows = [[report["type"], f"{report['output']:.0e}", f"{report['gradient']:.0e}"] for report in own]
+    shown = table(["greatest difference from attention written out", "output", "gradient"], rows)
+    return f"{shown}\n\n[How, and beside the others](exactness.md)" if rows else ""
 
 
 def _quality(name: str, folder: Path) -> str:
