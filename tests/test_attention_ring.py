@@ -1,6 +1,7 @@
 """Several processes that hold one text together do what one process does, to the last function and in the loop."""
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,8 @@ def test_weights_can_be_in_parts_too():
 
 def growth(length):
     """Bytes by which a forward and a backward pass over a long text let this process grow, beyond one over a short."""
-    dist.init_process_group("gloo")
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **alone)
     sizes = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 512}
     model = ring_model("bert", max_position_embeddings=length, **sizes)
     connect(model)
