@@ -9,7 +9,7 @@ import torch
 from attention_samples import swap
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_families import DECODERS, TEXTS, make_decoder_tokenizer, make_model, make_task
+from tiny_families import DECODERS, HABITS, TEXTS, input_widths, make_decoder_tokenizer, make_model, make_task
 from tiny_text import make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -19,6 +19,7 @@ from tasks.generation import Generation
 from tasks.options import GenerationOptions
 from tasks.positions import check_lengths
 from tasks.prompts import answer_end
+from training.lora import add_lora
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}[SEP]\n{% endfor %}"
@@ -329,15 +330,23 @@ def test_a_cut_prompt_keeps_what_begins_a_text(tokenizer):
     assert example["input_ids"][0] == begun.cls_token_id
 
 
-def test_a_checkpoints_own_habits_of_decoding_are_left(tokenizer):
+@pytest.mark.fault(
+    "a checkpoint's own settings of decoding (several answers each, no cache, words that are forbidden)",
+    "are left: answers are searched for as the configuration says, with the cache",
+)
+@pytest.mark.parametrize(("beams", "lora"), [(1, False), (3, True)])
+def test_a_checkpoints_own_habits_of_decoding_are_left(beams, lora, tokenizer):
     rows = table(**PAIRS)
-    task = build(tokenizer, rows, decoding={"max_new_tokens": 5})
+    task = build(tokenizer, rows, decoding={"max_new_tokens": 5, "num_beams": beams})
     model = make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
     before = task.decode(predictions(task, model, rows), rows)
-    habits = {"min_length": 20, "repetition_penalty": 5.0, "do_sample": True, "num_beams": 3, "no_repeat_ngram_size": 1}
-    for name, value in habits.items():
+    for name, value in HABITS.items():
         setattr(model.generation_config, name, value)
-    assert task.decode(predictions(task, model, rows), rows) == before
+    with input_widths(model.model) as widths:
+        wrapped = add_lora(model, [], r=2) if lora else model  # its adapter is zero as yet
+        assert task.decode(predictions(task, wrapped, rows), rows) == before
+    assert widths[-4:] == [1] * 4  # one token at a time: the cache holds what is before it
+    assert model.generation_config.num_return_sequences == 2  # they are the checkpoint's all the same
 
 
 def test_a_chat_needs_a_template():

@@ -8,7 +8,16 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
-from tiny_families import SEQ2SEQ, TEXTS, make_config, make_decoder_tokenizer, make_model, make_seq2seq_tokenizer
+from tiny_families import (
+    HABITS,
+    SEQ2SEQ,
+    TEXTS,
+    input_widths,
+    make_config,
+    make_decoder_tokenizer,
+    make_model,
+    make_seq2seq_tokenizer,
+)
 from torch.nn.functional import cross_entropy
 
 from heedful import UserError
@@ -96,6 +105,18 @@ def test_answers_do_not_depend_on_the_batch(family, beams, tokenizer):
     together = outputs_of(task, model, rows)
     alone = [outputs_of(task, model, table(source=[text]))[0] for text in ROWS["source"]]
     assert together == alone
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_checkpoints_own_habits_of_decoding_are_left(family, tokenizer):
+    model, rows = seq2seq(family), table(**ROWS)
+    task = build(tokenizer, model.config)
+    before = outputs_of(task, model, rows)
+    for name, value in HABITS.items():
+        setattr(model.generation_config, name, value)
+    with input_widths(model.get_decoder()) as widths:
+        assert outputs_of(task, model, rows) == before
+    assert widths == [1] * 6
 
 
 def test_a_decoder_only_model_learns_the_target_alone():

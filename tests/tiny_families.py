@@ -3,6 +3,7 @@
 import json
 import random
 from collections import defaultdict
+from contextlib import contextmanager
 
 import datasets
 import sentencepiece
@@ -132,6 +133,38 @@ def save_marian(folder):
     transformers.MarianMTModel(config).save_pretrained(folder)
     settings = {"tokenizer_class": "MarianTokenizer", "source_lang": "en", "target_lang": "es"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+HABITS = {
+    "min_length": 20,
+    "repetition_penalty": 5.0,
+    "do_sample": True,
+    "num_beams": 2,
+    "no_repeat_ngram_size": 1,
+    "num_return_sequences": 2,
+    "early_stopping": True,
+    "use_cache": False,
+    "suppress_tokens": list(range(4, 200)),
+    "bad_words_ids": [[token] for token in range(4, 200)],
+    "return_dict_in_generate": True,
+}
+"""What a checkpoint's generation_config.json may ask for, and a run did not."""
+
+
+@contextmanager
+def input_widths(decoder):
+    """The widths of what a decoder is given within, call by call."""
+    widths = []
+
+    def spy(module, args, kwargs):
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        widths.append(ids.shape[1])
+
+    handle = decoder.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        yield widths
+    finally:
+        handle.remove()
 
 
 def make_model(family, auto_class, *, seed=0, **kwargs):
