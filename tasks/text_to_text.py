@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from heedful import UserError
+from sources.texts import first_few
 from tasks import causal
 from tasks.batching import IGNORED, model_inputs, pad_batch
 from tasks.decoding import described, generate, to_texts
@@ -343,15 +344,27 @@ def _check_languages(tokenizer: PreTrainedTokenizerBase, options: TextToTextOpti
             where="translation.source_lang, translation.target_lang",
             expected="both codes, as this tokenizer writes them" if wanted else "none",
         )
+    codes = _codes(tokenizer)
     for language in given.values():
-        if language not in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
-            raise UserError(f"a language that the tokenizer does not know: {language!r}", where="translation")
+        if language not in (codes or {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}):
+            raise UserError(
+                f"a language that the tokenizer does not know: {language!r}",
+                where="translation",
+                expected=f"one of {first_few(sorted(codes))}" if codes else "",
+            )
 
 
 def _language_id(tokenizer: PreTrainedTokenizerBase, options: TextToTextOptions) -> int | None:
     """The token that an answer in the target language begins with, for models of many languages."""
-    languages = _languages(options)
-    return int(tokenizer.convert_tokens_to_ids(languages["tgt_lang"])) if languages else None
+    if not (languages := _languages(options)):
+        return None
+    target = languages["tgt_lang"]
+    return int(tokenizer.convert_tokens_to_ids(_codes(tokenizer).get(target, target)))
+
+
+def _codes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The token of each code, where the tokenizer writes another (M2M100 ``__en__`` for ``en``); else empty."""
+    return getattr(tokenizer, "lang_code_to_token", {})
 
 
 def _decoder_start(

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 from tiny_families import (
     HABITS,
+    LANGUAGES,
     SEQ2SEQ,
     TEXTS,
     input_widths,
     make_config,
     make_decoder_tokenizer,
+    make_language_tokenizer,
     make_model,
     make_seq2seq_tokenizer,
 )
@@ -25,7 +27,9 @@ from tasks.metrics.bleu.bleu import bleu
 from tasks.metrics.rouge.rouge import KINDS, rouge
 from tasks.options import SummarizationOptions, TranslationOptions
 from tasks.positions import check_lengths
+from tasks.saved import load_task, save_task
 from tasks.text_to_text import TextToText
+from training.tokenizers import load_tokenizer
 
 ROWS = {"source": [*TEXTS, "a dog"], "target": ["the cat", "a dog barked at", "Anna", "rain all day", "dog"]}
 
@@ -236,6 +240,39 @@ def test_faults_of_the_user_are_named(tokenizer):
         build(tokenizer, config, SummarizationOptions(prompt_template="{source} tl;dr"))
     with pytest.raises(ValueError, match="source"):
         SummarizationOptions(prompt_template="no place")
+
+
+@pytest.mark.parametrize("kind", LANGUAGES)
+def test_answers_are_in_the_language_asked_for(kind, tmp_path):
+    tokenizer, (source, target) = make_language_tokenizer(kind, tmp_path), LANGUAGES[kind]
+    written = {"source": f"__{source}__", "target": f"__{target}__"} if kind == "m2m_100" else {}
+    language = tokenizer.convert_tokens_to_ids(written.get("target", target))
+    first = language if kind == "mbart" else tokenizer.eos_token_id
+    ids = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": first}
+    model = make_model("mbart", transformers.AutoModelForSeq2SeqLM, dropout=False, **ids)
+    options = TranslationOptions(source_lang=source, target_lang=target, decoding={"max_new_tokens": 6})
+    task, rows = build(tokenizer, model.config, options), table(source=TEXTS, target=TEXTS[::-1])
+    (example, *_) = encoded(task, rows)
+    text = tokenizer(TEXTS[-1], add_special_tokens=False)["input_ids"]
+    assert example["labels"] == [*([] if kind == "mbart" else [language]), *text, tokenizer.eos_token_id]
+    assert tokenizer.convert_tokens_to_ids(written.get("source", source)) in example["input_ids"]
+    batch = task.collate(encoded(task, rows))
+    assert batch["decoder_input_ids"][0, : len(text) + 1].tolist() == [first, *example["labels"][: len(text)]]
+    with torch.no_grad():
+        generated = task.predict(model, batch)["generated"]
+    assert kind == "mbart" or (generated[:, 0] == language).all()
+    texts = outputs_of(task, model, rows)
+    assert not any(target in output["generated"] for output in texts)
+    save_task(task, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_task(tmp_path, load_tokenizer(str(tmp_path), own=False))
+    assert encoded(again, rows) == encoded(task, rows)
+    assert outputs_of(again, model, rows) == texts
+    with pytest.raises(UserError, match="does not know: 'xx'"):
+        build(tokenizer, model.config, TranslationOptions(source_lang=source, target_lang="xx"))
+    if written:
+        with pytest.raises(UserError, match=r"does not know: '__en__'(.|\n)*one of af, am"):
+            build(tokenizer, model.config, TranslationOptions(source_lang="__en__", target_lang="__es__"))
 
 
 def test_a_t5_without_its_prefix_is_said_aloud(tokenizer, caplog):
