@@ -111,6 +111,30 @@ def test_answers_do_not_depend_on_the_batch(family, beams, tokenizer):
     assert together == alone
 
 
+SEARCHES = [
+    ({}, {"num_beams": 3}),
+    ({"num_beams": 3}, {"num_beams": 3, "length_penalty": -4.0}),
+    ({}, {"min_new_tokens": 6}),
+    ({}, {"no_repeat_ngram_size": 1}),
+    ({}, {"repetition_penalty": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("other", "search"), SEARCHES, ids=lambda settings: " ".join(settings))
+def test_answers_are_searched_for_as_transformers_does(other, search, tokenizer):
+    model, rows, found = seq2seq("t5"), table(**ROWS), []
+    model.generation_config.eos_token_id = list(range(3, 400, 4))  # a quarter of all tokens: answers do end
+    for settings in (other, search):
+        task = build(tokenizer, model.config, SummarizationOptions(decoding={"max_new_tokens": 8, **settings}))
+        batch = task.collate(encoded(task, rows, training=False))
+        with torch.no_grad():
+            found.append(task.predict(model, batch)["generated"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    plain = model.generate(**inputs, **search, max_new_tokens=8, do_sample=False, suppress_tokens=[0])
+    assert torch.equal(found[1], plain[:, 1:])
+    assert not torch.equal(*found)  # the setting has an effect on this model
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_checkpoints_own_habits_of_decoding_are_left(family, tokenizer):
     model, rows = seq2seq(family), table(**ROWS)
