@@ -357,6 +357,7 @@ def test_answers_are_decoded_in_bf16_where_the_run_computes_in_it(
     monkeypatch.setattr(nn.Linear, "forward", spy)
     code, _, log = cli_run("finetune", "run.yaml", f"model.name={family}", "train.bf16=true", *lora)
     assert code == 0, log
+    assert ("what is learned of the first example: " in log) == (family == "llama")
     assert {dtype for dtype, _ in learned} == {torch.bfloat16}
     assert max(rows for _, rows in learned) == 4
     assert set(decoded) == {torch.bfloat16}

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from heedful import UserError
+from pipelines.report import learned_tokens
 from tasks.generation import Generation
 from tasks.options import GenerationOptions
 from tasks.positions import check_lengths
@@ -131,6 +132,21 @@ def test_every_token_is_learned_once(tokenizer, lengths, max_length, stride, pac
     assert all(len(example["input_ids"]) <= max_length for example in examples)
     # All but each text's first token, and the one that ends it.
     assert sum(label != -100 for example in examples for label in example["labels"][1:]) == sum(map(len, ids))
+
+
+@pytest.mark.parametrize("columns", [{"messages": [CHAT]}, {"text": TEXTS}], ids=["chat", "packed"])
+def test_the_preview_shows_what_is_learned_in_green(columns, tokenizer):
+    rows = table(**columns)
+    feature = encoded(build(tokenizer, rows, max_length=64), rows)[0]
+    shown = learned_tokens(tokenizer, feature)
+    pairs = zip(feature["input_ids"], feature["labels"], strict=True)
+    texts = [(tokenizer.decode([token]), label != -100) for token, label in pairs]
+    before, after = "what is learned of the first example: ", "".join(text for text, _ in texts)
+    assert shown.plain == before + after
+    green = {i for span in shown.spans if span.style == "green underline" for i in range(span.start, span.end)}
+    learned = [is_learned for text, is_learned in texts for _ in text]
+    assert green == {len(before) + i for i, is_learned in enumerate(learned) if is_learned}
+    assert 0 < len(green) < len(after)
 
 
 def test_the_end_is_learned_though_it_is_the_padding_too(tokenizer):

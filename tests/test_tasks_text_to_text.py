@@ -23,6 +23,7 @@ from tiny_families import (
 from torch.nn.functional import cross_entropy
 
 from heedful import UserError
+from tasks.decoding import to_texts
 from tasks.metrics.bleu.bleu import bleu
 from tasks.metrics.rouge.rouge import KINDS, rouge
 from tasks.options import SummarizationOptions, TranslationOptions
@@ -98,6 +99,26 @@ def test_targets_begin_after_the_start_and_end_with_the_end(tokenizer):
         assert example["labels"] == [*ids, tokenizer.sep_token_id]  # [CLS] is what the decoder begins with
     batch = task.collate(encoded(task, table(**ROWS)))
     assert (batch["decoder_input_ids"][:, 0] == 2).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_source_begins_with_its_prefix(training, tokenizer):
+    task = build(tokenizer, config_of("t5"), SummarizationOptions(source_prefix="moon day "))
+    plain = build(tokenizer, config_of("t5"))
+    start, prefix = tokenizer.cls_token_id, tokenizer("moon day", add_special_tokens=False)["input_ids"]
+    pairs = zip(*(encoded(one, table(**ROWS), training=training) for one in (task, plain)), strict=True)
+    for example, without in pairs:
+        assert example["input_ids"] == [start, *prefix, *without["input_ids"][1:]]
+        assert example["labels"] == without["labels"]
+
+
+def test_what_is_no_token_is_left_out_of_a_text(tokenizer):
+    """Predictions may be padded with -100, and a model may have rows for more tokens than there are."""
+    ids = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    assert to_texts(tokenizer, [np.array([-100, *ids, len(tokenizer), 10**6, -100]), np.array([-100])]) == [
+        "the cat",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
