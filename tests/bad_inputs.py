@@ -463,6 +463,12 @@ MODELS = {
     "texts longer than the model": settings(
         "model.max_length=100", "model.positions=refuse", said=["64", "model.max_length"]
     ),
+    "a tokenizer for BLEU without its package": Bad(
+        ["translation.tokenize=ja-mecab", "can not be had", "sacrebleu[ja]"],
+        {"a.jsonl": [{"source": "x y", "target": "z"}]},
+        task="translation",
+        given=["model.name=./llama", "translation.tokenize=ja-mecab"],
+    ),
     "an encoder that is to write": Bad(["bert", "generation"], {"a.jsonl": [{"text": "x y"}]}, task="generation"),
     "4 bits without LoRA": settings("model.load_in_4bit=true", said=["lora.r=16"]),
     "a head for other labels": Bad(

@@ -378,8 +378,11 @@ def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
     code, _, log = cli_run("finetune", "run.yaml", "model.name=opus", "lora.r=2", *limits)
     assert code == 0, log
     stored = json.loads(Path("runs/run/metrics.json").read_text())["validation"]
-    scores = json.loads(cli_run("evaluate", "runs/run")[1])["validation"]
-    assert scores == {name: pytest.approx(value, rel=1e-6) for name, value in stored.items()}
+    _, out, log = cli_run("evaluate", "runs/run")
+    assert json.loads(out)["validation"] == {name: pytest.approx(value, rel=1e-6) for name, value in stored.items()}
+    signature = json.loads(Path("runs/run/manifest.json").read_text())["scored_by"]
+    assert re.fullmatch(r"sacrebleu: BLEU\|nrefs:1\|.*tok:13a.*; chrF2\|.*version:[\d.]+", signature)
+    assert f"scored by {signature}" in log
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in ("opus", "runs/run/model"))
     targets = [row["target"] for row in map(json.loads, Path("train.jsonl").read_text().splitlines())]
     counted = json.loads(Path("runs/run/audit.json").read_text())["losses"]["train"]["target_tokens"]

@@ -1,5 +1,7 @@
 """Summarization and translation, by encoder-decoders and by decoder-only models."""
 
+from urllib.error import URLError
+
 import datasets
 import numpy as np
 import pytest
@@ -285,6 +287,15 @@ def test_faults_of_the_user_are_named(tokenizer):
         build(tokenizer, config, SummarizationOptions(prompt_template="{source} tl;dr"))
     with pytest.raises(ValueError, match="source"):
         SummarizationOptions(prompt_template="no place")
+
+
+def test_a_tokenizer_for_bleu_that_would_be_fetched_offline_is_named_before_training(tokenizer, monkeypatch):
+    def fetch(tokenize):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("tasks.text_to_text.signatures", fetch)
+    with pytest.raises(UserError, match=r"translation.tokenize=flores200(.|\n)*can not be had(.|\n)*be online"):
+        build(tokenizer, config_of("t5"), TranslationOptions(tokenize="flores200"))
 
 
 @pytest.mark.parametrize("kind", LANGUAGES)
