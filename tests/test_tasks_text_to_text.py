@@ -21,6 +21,7 @@ from tiny_families import (
     make_language_tokenizer,
     make_model,
     make_seq2seq_tokenizer,
+    tokenizer_for,
 )
 from torch.nn.functional import cross_entropy
 
@@ -144,8 +145,8 @@ SEARCHES = [
 
 
 @pytest.mark.parametrize(("other", "search"), SEARCHES, ids=lambda settings: " ".join(settings))
-def test_answers_are_searched_for_as_transformers_does(other, search, tokenizer):
-    model, rows, found = seq2seq("t5"), table(**ROWS), []
+def test_answers_are_searched_for_as_transformers_does(other, search):
+    tokenizer, model, rows, found = tokenizer_for("t5"), seq2seq("t5"), table(**ROWS), []
     model.generation_config.eos_token_id = list(range(3, 400, 4))  # a quarter of all tokens: answers do end
     for settings in (other, search):
         task = build(tokenizer, model.config, SummarizationOptions(decoding={"max_new_tokens": 8, **settings}))
@@ -159,8 +160,8 @@ def test_answers_are_searched_for_as_transformers_does(other, search, tokenizer)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_a_checkpoints_own_habits_of_decoding_are_left(family, tokenizer):
-    model, rows = seq2seq(family), table(**ROWS)
+def test_a_checkpoints_own_habits_of_decoding_are_left(family):
+    tokenizer, model, rows = tokenizer_for(family), seq2seq(family), table(**ROWS)
     task = build(tokenizer, model.config)
     before = outputs_of(task, model, rows)
     for name, value in HABITS.items():
