@@ -164,7 +164,8 @@ def _results(facts: Facts) -> str:
     if not rows:
         return "None: the run had no data to score on."
     table = "\n".join(_row(cells) for cells in (head, ["---"] * len(head), *rows))
-    return f"{table}\n\nIntervals are of a bootstrap over the rows of the split, and say nothing of other data."
+    by = f"\n\nScored by `{signature}`." if (signature := facts.manifest.get("scored_by")) else ""
+    return f"{table}{by}\n\nIntervals are of a bootstrap over the rows of the split, and say nothing of other data."
 
 
 def _row(cells: list[str]) -> str:

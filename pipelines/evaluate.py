@@ -8,9 +8,9 @@ from rich.console import Console
 
 from heedful import UserError
 from pipelines.inference import EFFECTIVE, model_folder, open_model, refuse_idle
-from pipelines.preparation import dialect, encode, fetch_assets, split_sources
+from pipelines.preparation import dialect, encode, fetch_assets, split_sources, tell
 from pipelines.report import metrics_table, progress_lines
-from pipelines.scoring import evaluate_split
+from pipelines.scoring import evaluate_split, scored_by
 from sources.readers import read_rows
 from tasks import TASKS
 from tasks.saved import read
@@ -63,4 +63,6 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
             intervals=True,
         )
     opened.console.print(metrics_table(metrics))
+    if signature := scored_by(task):
+        tell(opened.console, f"scored by {signature}")
     return metrics

@@ -34,7 +34,7 @@ from pipelines.preparation import (
 )
 from pipelines.report import progress_lines, show_end
 from pipelines.runs import Run
-from pipelines.scoring import evaluate_split
+from pipelines.scoring import evaluate_split, scored_by
 from pipelines.sections import RunConfig
 from pipelines.transfer import recover
 from sources.files import fault, strays, write_json
@@ -96,7 +96,12 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     check_headline(schedule, data, score, console)
     hashes = fingerprints(config, data.sources, accelerator)
     manifest = runs.manifest(
-        config, data=hashes, base=loaded.sha256, assets=data.assets, world_size=accelerator.num_processes
+        config,
+        data=hashes,
+        base=loaded.sha256,
+        assets=data.assets,
+        world_size=accelerator.num_processes,
+        scored_by=scored_by(task),
     )
     if former is not None:
         tell(console, *runs.compare_starts(former, manifest))

@@ -191,7 +191,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def manifest(
-    config: RunConfig, *, data: Mapping[str, str], base: str, assets: list[dict[str, Any]], world_size: int
+    config: RunConfig,
+    *,
+    data: Mapping[str, str],
+    base: str,
+    assets: list[dict[str, Any]],
+    world_size: int,
+    scored_by: str,
 ) -> dict[str, Any]:
     """Everything that the figures of this run depend on."""
     return {
@@ -212,6 +218,7 @@ def manifest(
         "data": dict(data),
         "base": base,
         "assets": assets,
+        "scored_by": scored_by,
         "local": [name for name in _named(config) if is_local(name)],
     }
 

@@ -37,6 +37,11 @@ def evaluate_split(
     return broadcast_object_list(result)[0]  # type: ignore[no-any-return]
 
 
+def scored_by(task: Task) -> str:
+    """What has to stand beside the figures, such as sacrebleu's signature; of most tasks nothing."""
+    return getattr(task, "scored_by", "")
+
+
 def _score(task: Task, outputs: list[Output], rows: datasets.Dataset, *, intervals: bool) -> dict[str, Any]:
     metrics: dict[str, Any] = task.score(outputs, rows)
     if intervals:

@@ -5,12 +5,14 @@ Shapes: B examples, T tokens of the input, G generated tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -20,6 +22,9 @@ from tasks.protocol import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+FORCED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+"""What a checkpoint's answers begin and end with: how it was trained, not how answers are searched for."""
 
 
 def generate(
@@ -39,20 +44,40 @@ def generate(
     Returns:
         The new tokens alone (BG), filled with the padding token after the end of each.
     """
+    padding, ends = padding_id(tokenizer), end_ids(model, tokenizer)
     config = GenerationConfig(
-        # What is left out here, transformers takes from the checkpoint without a word; BART for news asks for 56 tokens
-        # at least. `min_new_tokens` overrides that.
         **options.model_dump(),
         do_sample=False,
-        pad_token_id=padding_id(tokenizer),
-        eos_token_id=end_ids(model, tokenizer),
+        num_return_sequences=1,
+        early_stopping=False,
+        use_cache=True,
+        pad_token_id=padding,
+        eos_token_id=ends,
+        # No answer is made of padding; Marian's checkpoints forbid it as a habit, and theirs are left.
+        suppress_tokens=None if padding in ends else [padding],
         **{name: token for name, token in special.items() if token is not None},
     )
-    # No rank waits for another here: where weights are sharded, they are whole in evaluation.
-    ids = model.generate(**inputs, generation_config=config, synced_gpus=False)  # type: ignore[operator]
+    with _without_habits(model):
+        # No rank waits for another here: where weights are sharded, they are whole in evaluation.
+        ids = model.generate(**inputs, generation_config=config, synced_gpus=False)  # type: ignore[operator]
     # An encoder-decoder answers with its decoder's start token first, a decoder repeats the input.
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # type: ignore[union-attr]
     return ids[:, start:]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without_habits(model: nn.Module) -> Iterator[None]:
+    """Within, the checkpoint's settings of decoding are not there: transformers takes from them what it is not given.
+
+    BART for news asks for 56 tokens at least, others for several answers each, or for no cache.
+    """
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model  # whose method PEFT's calls
+    own = bare.generation_config
+    bare.generation_config = GenerationConfig(**{name: getattr(own, name) for name in FORCED})
+    try:
+        yield
+    finally:
+        bare.generation_config = own
 
 
 def described(options: DecodingOptions) -> str:

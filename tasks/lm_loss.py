@@ -3,14 +3,16 @@
 The logits of a whole batch never exist at once: SmolLM2's vocabulary of 49,152 turns 1,024 tokens into 200 MB of fp32,
 and their softmax and gradient into as much again. Where the logits are the head's output and nothing else, the head is
 left out of the model's forward pass and applied chunk by chunk here, each recomputed in the backward pass (Chen et al.
-2016, https://arxiv.org/abs/1604.06174). Where the model does more to them (Gemma 2 caps them, BART adds a bias) they
-are taken as they come. Which it is, is tried out on the model itself.
+2016, https://arxiv.org/abs/1604.06174). A soft cap (Gemma 2) is left out with the head and put on each chunk. Where the
+model does more to its logits (BART adds a bias) they are taken as they come, which is said of a large vocabulary. Which
+it is, is tried out on the model itself.
 
 Shapes: B examples, T tokens, D hidden size, V vocabulary, N labelled positions.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +33,12 @@ from tasks.protocol import Batch, Output
 
 CHUNK = 2**24
 """Logits in a chunk: 64 MiB in fp32."""
+LARGE = 2**15
+"""Tokens of a vocabulary from which on it matters."""
+CAP = "final_logit_softcapping"
+"""Of a configuration: the largest size of a logit, which tanh bends it to."""
+
+logger = logging.getLogger("heedful.tasks.lm_loss")
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -59,12 +67,12 @@ def token_losses(
     head = _head(model)
     if not _is_plain(model, head, inputs):
         return losses(model(**inputs).logits[keep_BT].float(), labels_N)
-    with _left_out(head):
+    with _left_out(_bare(model), head) as cap:
         hidden_ND = model(**inputs).logits[keep_BT]
     rows = max(1, CHUNK // head.weight.shape[0])
 
     def chunk(hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
-        return losses(head(hidden_CD).float(), labels_C)
+        return losses(_capped(head(hidden_CD), cap).float(), labels_C)
 
     if len(labels_N) <= rows:
         return chunk(hidden_ND, labels_N)
@@ -109,10 +117,14 @@ def _head(model: nn.Module) -> nn.Linear:
 
 
 def _is_plain(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bool:
-    """Whether the logits are ``head(hidden)``, found out once a model with the first example."""
+    """Whether the logits are ``head(hidden)``, perhaps capped, found out once a model with the first example."""
     if head not in _plain_heads:
         first = {n: v[:1] if isinstance(v, Tensor) else v for n, v in inputs.items()}
         _plain_heads[head] = _try_out(_bare(model), head, first)
+        if not _plain_heads[head] and (size := head.weight.shape[0]) >= LARGE:
+            logger.warning(
+                "! this model changes its logits: those of %s tokens are held at once, not in chunks", f"{size:,}"
+            )
     return _plain_heads[head]
 
 
@@ -122,9 +134,9 @@ def _try_out(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bo
     model.eval()
     try:
         logits = model(**inputs).logits
-        with _left_out(head):
+        with _left_out(model, head) as cap:
             hidden = model(**inputs).logits
-        return hidden.shape[-1] == head.weight.shape[1] and torch.equal(head(hidden), logits)
+        return hidden.shape[-1] == head.weight.shape[1] and torch.equal(_capped(head(hidden), cap), logits)
     except RuntimeError:  # shapes that no longer fit: a bias of the size of the vocabulary, say
         if isinstance(model, FSDPModule):
             model.reset_iter_state()
@@ -134,10 +146,20 @@ def _try_out(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bo
 
 
 @contextmanager
-def _left_out(head: nn.Module) -> Iterator[None]:
-    """Within, the head hands its input on. Its parameters stay where they are, under their names."""
+def _left_out(model: nn.Module, head: nn.Module) -> Iterator[float | None]:
+    """Within, the head hands its input on, uncapped; yields the cap. Its parameters stay, under their names."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    cap = getattr(config, CAP, None)
     head.forward = lambda hidden: hidden
+    if cap is not None:
+        setattr(config, CAP, None)
     try:
-        yield
+        yield cap
     finally:
         del head.forward
+        if cap is not None:
+            setattr(config, CAP, cap)
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from heedful import UserError
+from sources.texts import first_few, first_line
 from tasks import causal
 from tasks.batching import IGNORED, model_inputs, pad_batch
 from tasks.decoding import described, generate, to_texts
@@ -67,6 +68,11 @@ class TextToText:
         return "bleu" if isinstance(self.options, TranslationOptions) else "rougeL"
 
     @property
+    def scored_by(self) -> str:
+        """sacrebleu's signature, without which its figures can not be compared; empty where it does not score."""
+        return _signature(self.options) if isinstance(self.options, TranslationOptions) else ""
+
+    @property
     def auto_class(self) -> type:
         """What the checkpoint is."""
         return AutoModelForCausalLM if self.decoder_start is None else AutoModelForSeq2SeqLM  # type: ignore[no-any-return]
@@ -86,7 +92,7 @@ class TextToText:
 
         Raises:
             UserError: Languages that the tokenizer does not know or wants to be told, settings of the other kind of
-                model, or no token to begin or to end an answer with.
+                model, no token to begin or to end an answer with, or a tokenizer for BLEU that can not be had.
         """
         _check_languages(tokenizer, options)
         _check_source_settings(options, encoder_decoder=model_config.is_encoder_decoder)
@@ -94,7 +100,7 @@ class TextToText:
         if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
             raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
         if isinstance(options, TranslationOptions):
-            logger.info("scored by sacrebleu: %s", "; ".join(signatures(options.tokenize)))
+            logger.info("scored by %s", _signature(options))
         if model_config.is_encoder_decoder:
             _suggest_prefix(model_config, options)
             return cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
@@ -311,6 +317,17 @@ def _name(options: TextToTextOptions) -> str:
     return "translation" if isinstance(options, TranslationOptions) else "summarization"
 
 
+def _signature(options: TranslationOptions) -> str:
+    try:
+        return f"sacrebleu: {'; '.join(signatures(options.tokenize))}"
+    except (RuntimeError, ImportError, OSError) as error:  # a package that is not there, or a model that is fetched
+        raise UserError(
+            f"a tokenizer for BLEU that can not be had: {first_line(error)}",
+            where=f"translation.tokenize={options.tokenize}",
+            fix="install what sacrebleu asks for (sacrebleu[ja], sacrebleu[ko]), be online, or take another: char, 13a",
+        ) from error
+
+
 def _check_source_settings(options: TextToTextOptions, *, encoder_decoder: bool) -> None:
     """Refuse the setting that the other kind of model takes its sources by."""
     idle, useful = ("prompt_template", "source_prefix") if encoder_decoder else ("source_prefix", "prompt_template")
@@ -343,15 +360,27 @@ def _check_languages(tokenizer: PreTrainedTokenizerBase, options: TextToTextOpti
             where="translation.source_lang, translation.target_lang",
             expected="both codes, as this tokenizer writes them" if wanted else "none",
         )
+    codes = _codes(tokenizer)
     for language in given.values():
-        if language not in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
-            raise UserError(f"a language that the tokenizer does not know: {language!r}", where="translation")
+        if language not in (codes or {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}):
+            raise UserError(
+                f"a language that the tokenizer does not know: {language!r}",
+                where="translation",
+                expected=f"one of {first_few(sorted(codes))}" if codes else "",
+            )
 
 
 def _language_id(tokenizer: PreTrainedTokenizerBase, options: TextToTextOptions) -> int | None:
     """The token that an answer in the target language begins with, for models of many languages."""
-    languages = _languages(options)
-    return int(tokenizer.convert_tokens_to_ids(languages["tgt_lang"])) if languages else None
+    if not (languages := _languages(options)):
+        return None
+    target = languages["tgt_lang"]
+    return int(tokenizer.convert_tokens_to_ids(_codes(tokenizer).get(target, target)))
+
+
+def _codes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The token of each code, where the tokenizer writes another (M2M100 ``__en__`` for ``en``); else empty."""
+    return getattr(tokenizer, "lang_code_to_token", {})
 
 
 def _decoder_start(

@@ -227,6 +227,9 @@ DATA = {
     "a message without its content": data(
         "a.jsonl", [{"messages": [{"role": "user"}]}], ["line 1", "messages"], "generation", "model.name=./llama"
     ),
+    "texts of which no token can be learned": data(
+        "a.jsonl", [{"text": ""}], ["a.jsonl", "rows 0 to 0 carries loss"], "generation", "model.name=./llama"
+    ),
     "no such file": Bad(["trian.csv", "train.csv?"], given=["data.train=trian.csv"]),
     "a name that is too long for a file": Bad(["no such file"], given=[f"data.train={'x' * 300}.csv"]),
     "no file named": Bad(["data.train"], given=["data.train=null"]),
@@ -459,6 +462,12 @@ MODELS = {
     ),
     "texts longer than the model": settings(
         "model.max_length=100", "model.positions=refuse", said=["64", "model.max_length"]
+    ),
+    "a tokenizer for BLEU without its package": Bad(
+        ["translation.tokenize=ja-mecab", "can not be had", "sacrebleu[ja]"],
+        {"a.jsonl": [{"source": "x y", "target": "z"}]},
+        task="translation",
+        given=["model.name=./llama", "translation.tokenize=ja-mecab"],
     ),
     "an encoder that is to write": Bad(["bert", "generation"], {"a.jsonl": [{"text": "x y"}]}, task="generation"),
     "4 bits without LoRA": settings("model.load_in_4bit=true", said=["lora.r=16"]),

@@ -724,6 +724,12 @@ def test_a_run_says_what_it_found_here(run, trained):
     assert local == [f"{trained}/base", f"{trained}/rows.csv", "rows.csv", "rows.csv"]
 
 
+def test_the_card_says_by_what_it_was_scored(run):
+    assert "Scored by" not in card(facts.read("runs/run"), "m", hub_id=None)
+    change_manifest(run, scored_by="sacrebleu: BLEU|tok:13a")
+    assert "Scored by `sacrebleu: BLEU|tok:13a`." in card(facts.read("runs/run"), "m", hub_id=None)
+
+
 def test_the_card_names_every_setting_of_the_training(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     train = TrainSection.model_fields

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_families import SHORT, make_masking_tokenizer, make_rows, save_body, save_marian
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -325,6 +327,47 @@ def test_a_run_in_4_bits_leaves_a_model_that_needs_no_package_for_them(project, 
     assert (code, "bitsandbytes is not installed" in log) == (2, True)
 
 
+@pytest.fixture
+def other_precision():
+    """accelerate keeps one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("family", "lora"), [("t5", ()), ("llama", ("lora.r=2",))])
+def test_answers_are_decoded_in_bf16_where_the_run_computes_in_it(
+    family, lora, project, cli_run, monkeypatch, other_precision
+):
+    save_body(family, family)
+    for name, seed in {"train": 0, "dev": 1}.items():
+        make_rows("summarization", 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
+    write_config(task="summarization", train="train.jsonl", validation="dev.jsonl")
+    monkeypatch.setattr("tasks.lm_loss.CHUNK", 400 * 4)
+    forward, decoded, learned = nn.Linear.forward, [], []
+
+    def spy(self, hidden):
+        answer = forward(self, hidden)
+        if torch.is_inference_mode_enabled() and hidden.ndim == 3 and hidden.shape[1] == 1:  # one more token
+            decoded.append(answer.dtype)
+        elif torch.is_grad_enabled() and self.out_features == 400:
+            learned.append((answer.dtype, len(answer)))
+        return answer
+
+    monkeypatch.setattr(nn.Linear, "forward", spy)
+    code, _, log = cli_run("finetune", "run.yaml", f"model.name={family}", "train.bf16=true", *lora)
+    assert code == 0, log
+    assert ("what is learned of the first example: " in log) == (family == "llama")
+    assert {dtype for dtype, _ in learned} == {torch.bfloat16}
+    assert max(rows for _, rows in learned) == 4
+    assert set(decoded) == {torch.bfloat16}
+    decoded.clear()
+    code, out, log = cli_run("evaluate", "runs/run")
+    assert code == 0, log
+    assert set(decoded) == {torch.bfloat16}
+    assert "rougeL" in json.loads(out)["validation"]
+
+
 def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
     """Its two sides have a SentencePiece model each, so a target that is read as a source would be another text."""
     save_marian(project / "opus")
@@ -335,8 +378,11 @@ def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
     code, _, log = cli_run("finetune", "run.yaml", "model.name=opus", "lora.r=2", *limits)
     assert code == 0, log
     stored = json.loads(Path("runs/run/metrics.json").read_text())["validation"]
-    scores = json.loads(cli_run("evaluate", "runs/run")[1])["validation"]
-    assert scores == {name: pytest.approx(value, rel=1e-6) for name, value in stored.items()}
+    _, out, log = cli_run("evaluate", "runs/run")
+    assert json.loads(out)["validation"] == {name: pytest.approx(value, rel=1e-6) for name, value in stored.items()}
+    signature = json.loads(Path("runs/run/manifest.json").read_text())["scored_by"]
+    assert re.fullmatch(r"sacrebleu: BLEU\|nrefs:1\|.*tok:13a.*; chrF2\|.*version:[\d.]+", signature)
+    assert f"scored by {signature}" in log
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in ("opus", "runs/run/model"))
     targets = [row["target"] for row in map(json.loads, Path("train.jsonl").read_text().splitlines())]
     counted = json.loads(Path("runs/run/audit.json").read_text())["losses"]["train"]["target_tokens"]

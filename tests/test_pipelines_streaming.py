@@ -1,13 +1,17 @@
 """A streamed run: the plain one where the buffer holds everything, clear where it can not go on."""
 
 import json
-from itertools import islice
+from collections import defaultdict
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from test_pipelines_resume import facts
-from tiny_families import make_rows, save_body
+from tiny_families import FAMILY_OF, make_rows, save_body
 
 from heedful import UserError
 from pipelines.building import build_task
@@ -17,6 +21,7 @@ from sources.readers import read_rows
 from tasks import TASKS
 from training.batches import Batching, BlockStart
 from training.checkpoints import newest_whole
+from training.loop import updates
 
 STREAMING = ["data.streaming=true", "train.max_steps=7", "train.eval_steps=3", "train.save_steps=3"]
 
@@ -49,22 +54,56 @@ def test_a_buffer_that_holds_everything_makes_the_plain_run(project, cli_run):
     assert streamed == plain
 
 
-def test_blocks_follow_each_other_from_any_of_them(project):
-    """20 rows in blocks of 6, 6, 6, 2: seven updates of four rows a pass."""
-    settings = load("run.yaml", [*STREAMING, "data.buffer_size=6"])
-    task = build_task(settings, read_rows("train.jsonl", columns=TASKS["classification"].columns, mapping={}))
+def stream_of(task_name):
+    """20 rows in blocks of 6, 6, 6, 2, and the task that reads them; four examples an update."""
+    if task_name != "classification":
+        save_body(FAMILY_OF.get(task_name, "bert"), "other")
+        make_rows(task_name, 20).remove_columns("row").to_json("train.jsonl")
+    values = yaml.safe_load(Path("run.yaml").read_text()) | {"task": task_name}
+    values["model"] = {"name": "./model" if task_name == "classification" else "./other", "max_length": 64}
+    values["data"] |= {"stride": 8}
+    Path("streamed.yaml").write_text(yaml.safe_dump(values))
+    settings = load("streamed.yaml", [*STREAMING, "data.buffer_size=6"])
+    task = build_task(settings, read_rows("train.jsonl", columns=TASKS[task_name].columns, mapping={}))
     batching = Batching(4, seed=0)
-    blocks = list(islice(stream_blocks(settings, task, "train.jsonl", batching, BlockStart()), 9))
-    assert [block.start.first_step for block in blocks] == [0, 2, 4, 6, 7, 9, 11, 13, 14]
+    return task, batching, partial(stream_blocks, settings, task, "train.jsonl", batching)
+
+
+@pytest.mark.parametrize("task_name", ["classification", "mlm", "generation"])
+def test_blocks_follow_each_other_from_any_of_them(task_name, project):
+    """Of one feature a row in 2, 2, 2 and 1 updates a pass; of packed texts, several a feature, in 1 each."""
+    blocks_from = stream_of(task_name)[2]
+    blocks = list(islice(blocks_from(BlockStart()), 9))
+    steps = [1, 1, 1, 1] if task_name == "generation" else [2, 2, 2, 1]
+    assert [block.start.first_step for block in blocks] == [0, *accumulate([*steps, *steps])]
     assert [block.start.passes for block in blocks] == [0] * 4 + [1] * 4 + [2]
     assert [block.start.number for block in blocks] == list(range(9))
     inputs = [ids for block in blocks[4:8] for ids in block.features["input_ids"]]
     assert inputs == [ids for block in blocks[:4] for ids in block.features["input_ids"]]
-    assert len(inputs) == 20
+    assert len(inputs) < 16 if task_name == "generation" else len(inputs) == 20
     for block in blocks:
-        again = next(stream_blocks(settings, task, "train.jsonl", batching, block.start))
+        again = next(blocks_from(block.start))
         assert again.start == block.start
         assert again.features.to_dict() == block.features.to_dict()
+
+
+@pytest.mark.parametrize("task_name", ["mlm", "generation"])
+def test_updates_of_a_stream_are_the_same_from_any_of_them(task_name, project):
+    """Masks are drawn by the block: other ones in the next pass, and the same ones where a run goes on."""
+    task, batching, blocks_from = stream_of(task_name)
+    trainee = SimpleNamespace(task=task, seed=7, share=(0, 1))
+    every = list(updates(trainee, blocks_from(BlockStart()), batching, start=0, stop=14))
+    for step, (block, _, _) in enumerate(every):
+        again = updates(trainee, blocks_from(block.start), batching, start=step, stop=14)
+        for (_, _, ours), (_, _, then) in zip(again, every[step:], strict=True):
+            torch.testing.assert_close(ours, then, rtol=0, atol=0)
+    learned = defaultdict(set)
+    for block, _, micro in every:
+        for batch in micro:
+            for row, labels in zip(batch["row"].tolist(), batch["labels"].tolist(), strict=True):
+                places = [(place, label) for place, label in enumerate(labels) if label != -100]
+                learned[block.start.passes].add((block.start.row, row, *places))
+    assert (learned[0] == learned[1]) == (task_name == "generation")
 
 
 def test_a_block_with_nothing_to_learn_is_passed_over(project):

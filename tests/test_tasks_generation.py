@@ -9,16 +9,18 @@ import torch
 from attention_samples import swap
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_families import DECODERS, TEXTS, make_decoder_tokenizer, make_model, make_task
+from tiny_families import DECODERS, HABITS, TEXTS, input_widths, make_decoder_tokenizer, make_model, make_task
 from tiny_text import make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from heedful import UserError
+from pipelines.report import learned_tokens
 from tasks.generation import Generation
 from tasks.options import GenerationOptions
 from tasks.positions import check_lengths
 from tasks.prompts import answer_end
+from training.lora import add_lora
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}[SEP]\n{% endfor %}"
@@ -130,6 +132,21 @@ def test_every_token_is_learned_once(tokenizer, lengths, max_length, stride, pac
     assert all(len(example["input_ids"]) <= max_length for example in examples)
     # All but each text's first token, and the one that ends it.
     assert sum(label != -100 for example in examples for label in example["labels"][1:]) == sum(map(len, ids))
+
+
+@pytest.mark.parametrize("columns", [{"messages": [CHAT]}, {"text": TEXTS}], ids=["chat", "packed"])
+def test_the_preview_shows_what_is_learned_in_green(columns, tokenizer):
+    rows = table(**columns)
+    feature = encoded(build(tokenizer, rows, max_length=64), rows)[0]
+    shown = learned_tokens(tokenizer, feature)
+    pairs = zip(feature["input_ids"], feature["labels"], strict=True)
+    texts = [(tokenizer.decode([token]), label != -100) for token, label in pairs]
+    before, after = "what is learned of the first example: ", "".join(text for text, _ in texts)
+    assert shown.plain == before + after
+    green = {i for span in shown.spans if span.style == "green underline" for i in range(span.start, span.end)}
+    learned = [is_learned for text, is_learned in texts for _ in text]
+    assert green == {len(before) + i for i, is_learned in enumerate(learned) if is_learned}
+    assert 0 < len(green) < len(after)
 
 
 def test_the_end_is_learned_though_it_is_the_padding_too(tokenizer):
@@ -329,15 +346,23 @@ def test_a_cut_prompt_keeps_what_begins_a_text(tokenizer):
     assert example["input_ids"][0] == begun.cls_token_id
 
 
-def test_a_checkpoints_own_habits_of_decoding_are_left(tokenizer):
+@pytest.mark.fault(
+    "a checkpoint's own settings of decoding (several answers each, no cache, words that are forbidden)",
+    "are left: answers are searched for as the configuration says, with the cache",
+)
+@pytest.mark.parametrize(("beams", "lora"), [(1, False), (3, True)])
+def test_a_checkpoints_own_habits_of_decoding_are_left(beams, lora, tokenizer):
     rows = table(**PAIRS)
-    task = build(tokenizer, rows, decoding={"max_new_tokens": 5})
+    task = build(tokenizer, rows, decoding={"max_new_tokens": 5, "num_beams": beams})
     model = make_model("llama", AutoModelForCausalLM, initializer_range=0.3)
     before = task.decode(predictions(task, model, rows), rows)
-    habits = {"min_length": 20, "repetition_penalty": 5.0, "do_sample": True, "num_beams": 3, "no_repeat_ngram_size": 1}
-    for name, value in habits.items():
+    for name, value in HABITS.items():
         setattr(model.generation_config, name, value)
-    assert task.decode(predictions(task, model, rows), rows) == before
+    with input_widths(model.model) as widths:
+        wrapped = add_lora(model, [], r=2) if lora else model  # its adapter is zero as yet
+        assert task.decode(predictions(task, wrapped, rows), rows) == before
+    assert widths[-4:] == [1] * 4  # one token at a time: the cache holds what is before it
+    assert model.generation_config.num_return_sequences == 2  # they are the checkpoint's all the same
 
 
 def test_a_chat_needs_a_template():

@@ -7,10 +7,11 @@ from accelerate.state import AcceleratorState
 from tiny_families import make_model
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tasks import lm_loss
 from tasks.lm_loss import next_tokens, summed_loss, token_losses
+from training.lora import add_lora
 
 
 def make_batch():
@@ -36,15 +37,18 @@ def test_chunks_change_nothing(family, smoothing, chunk, monkeypatch):
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_logits_of_the_batch_never_exist_at_once(monkeypatch):
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_logits_of_the_batch_never_exist_at_once(family, lora, monkeypatch):
     monkeypatch.setattr(lm_loss, "CHUNK", 400 * 4)
     inputs, labels = make_batch()
-    model = make_model("llama", AutoModelForCausalLM)
+    bare = make_model(family, AutoModelForCausalLM)
+    model = add_lora(bare, [], r=2) if lora else bare
     largest = []
     plain_forward = nn.Linear.forward
 
     def forward(self, hidden):
-        if self is model.lm_head:
+        if self is bare.lm_head:
             largest.append(hidden.shape[:-1].numel())
         return plain_forward(self, hidden)
 
@@ -54,12 +58,18 @@ def test_the_logits_of_the_batch_never_exist_at_once(monkeypatch):
     assert max(largest) == 4
 
 
-def test_logits_that_the_model_changes_are_taken_whole():
+@pytest.mark.parametrize("large", [400, 401])
+def test_logits_that_the_model_changes_are_taken_whole(large, monkeypatch, caplog):
+    monkeypatch.setattr(lm_loss, "LARGE", large)
     inputs, labels = make_batch()
-    for family, plain in {"llama": True, "gemma2": False}.items():
-        model = make_model(family, AutoModelForCausalLM, initializer_range=0.3)
-        token_losses(model, inputs, labels)
+    kinds = {"llama": True, "gemma2": True, "bart": False}
+    for family, plain in kinds.items():
+        caplog.clear()
+        model = make_model(family, AutoModelForCausalLM if plain else AutoModelForSeq2SeqLM, initializer_range=0.3)
+        for _ in range(2):
+            token_losses(model, inputs, labels)
         assert lm_loss._plain_heads[model.lm_head] is plain
+        assert caplog.text.count("400 tokens are held at once") == (not plain and large == 400)
 
 
 def test_chunks_in_bf16_are_chunks_too():
@@ -78,9 +88,10 @@ def test_chunks_in_bf16_are_chunks_too():
     torch.testing.assert_close(ours, whole)
 
 
-def test_the_head_is_itself_again():
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_head_is_itself_again(family):
     inputs, labels = make_batch()
-    model = make_model("llama", AutoModelForCausalLM)
+    model = make_model(family, AutoModelForCausalLM, initializer_range=0.3)
     before = model(**inputs).logits
     names = list(model.state_dict())
     summed_loss(model, inputs, labels)

@@ -1,5 +1,7 @@
 """Summarization and translation, by encoder-decoders and by decoder-only models."""
 
+from urllib.error import URLError
+
 import datasets
 import numpy as np
 import pytest
@@ -8,15 +10,30 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
-from tiny_families import SEQ2SEQ, TEXTS, make_config, make_decoder_tokenizer, make_model, make_seq2seq_tokenizer
+from tiny_families import (
+    HABITS,
+    LANGUAGES,
+    SEQ2SEQ,
+    TEXTS,
+    input_widths,
+    make_config,
+    make_decoder_tokenizer,
+    make_language_tokenizer,
+    make_model,
+    make_seq2seq_tokenizer,
+    tokenizer_for,
+)
 from torch.nn.functional import cross_entropy
 
 from heedful import UserError
+from tasks.decoding import to_texts
 from tasks.metrics.bleu.bleu import bleu
 from tasks.metrics.rouge.rouge import KINDS, rouge
 from tasks.options import SummarizationOptions, TranslationOptions
 from tasks.positions import check_lengths
+from tasks.saved import load_task, save_task
 from tasks.text_to_text import TextToText
+from training.tokenizers import load_tokenizer
 
 ROWS = {"source": [*TEXTS, "a dog"], "target": ["the cat", "a dog barked at", "Anna", "rain all day", "dog"]}
 
@@ -87,6 +104,26 @@ def test_targets_begin_after_the_start_and_end_with_the_end(tokenizer):
     assert (batch["decoder_input_ids"][:, 0] == 2).all()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_each_source_begins_with_its_prefix(training, tokenizer):
+    task = build(tokenizer, config_of("t5"), SummarizationOptions(source_prefix="moon day "))
+    plain = build(tokenizer, config_of("t5"))
+    start, prefix = tokenizer.cls_token_id, tokenizer("moon day", add_special_tokens=False)["input_ids"]
+    pairs = zip(*(encoded(one, table(**ROWS), training=training) for one in (task, plain)), strict=True)
+    for example, without in pairs:
+        assert example["input_ids"] == [start, *prefix, *without["input_ids"][1:]]
+        assert example["labels"] == without["labels"]
+
+
+def test_what_is_no_token_is_left_out_of_a_text(tokenizer):
+    """Predictions may be padded with -100, and a model may have rows for more tokens than there are."""
+    ids = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    assert to_texts(tokenizer, [np.array([-100, *ids, len(tokenizer), 10**6, -100]), np.array([-100])]) == [
+        "the cat",
+        "",
+    ]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_answers_do_not_depend_on_the_batch(family, beams, tokenizer):
@@ -96,6 +133,42 @@ def test_answers_do_not_depend_on_the_batch(family, beams, tokenizer):
     together = outputs_of(task, model, rows)
     alone = [outputs_of(task, model, table(source=[text]))[0] for text in ROWS["source"]]
     assert together == alone
+
+
+SEARCHES = [
+    ({}, {"num_beams": 3}),
+    ({"num_beams": 3}, {"num_beams": 3, "length_penalty": -4.0}),
+    ({}, {"min_new_tokens": 6}),
+    ({}, {"no_repeat_ngram_size": 1}),
+    ({}, {"repetition_penalty": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("other", "search"), SEARCHES, ids=lambda settings: " ".join(settings))
+def test_answers_are_searched_for_as_transformers_does(other, search):
+    tokenizer, model, rows, found = tokenizer_for("t5"), seq2seq("t5"), table(**ROWS), []
+    model.generation_config.eos_token_id = list(range(3, 400, 4))  # a quarter of all tokens: answers do end
+    for settings in (other, search):
+        task = build(tokenizer, model.config, SummarizationOptions(decoding={"max_new_tokens": 8, **settings}))
+        batch = task.collate(encoded(task, rows, training=False))
+        with torch.no_grad():
+            found.append(task.predict(model, batch)["generated"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    plain = model.generate(**inputs, **search, max_new_tokens=8, do_sample=False, suppress_tokens=[0])
+    assert torch.equal(found[1], plain[:, 1:])
+    assert not torch.equal(*found)  # the setting has an effect on this model
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_checkpoints_own_habits_of_decoding_are_left(family):
+    tokenizer, model, rows = tokenizer_for(family), seq2seq(family), table(**ROWS)
+    task = build(tokenizer, model.config)
+    before = outputs_of(task, model, rows)
+    for name, value in HABITS.items():
+        setattr(model.generation_config, name, value)
+    with input_widths(model.get_decoder()) as widths:
+        assert outputs_of(task, model, rows) == before
+    assert widths == [1] * 6
 
 
 def test_a_decoder_only_model_learns_the_target_alone():
@@ -215,6 +288,48 @@ def test_faults_of_the_user_are_named(tokenizer):
         build(tokenizer, config, SummarizationOptions(prompt_template="{source} tl;dr"))
     with pytest.raises(ValueError, match="source"):
         SummarizationOptions(prompt_template="no place")
+
+
+def test_a_tokenizer_for_bleu_that_would_be_fetched_offline_is_named_before_training(tokenizer, monkeypatch):
+    def fetch(tokenize):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("tasks.text_to_text.signatures", fetch)
+    with pytest.raises(UserError, match=r"translation.tokenize=flores200(.|\n)*can not be had(.|\n)*be online"):
+        build(tokenizer, config_of("t5"), TranslationOptions(tokenize="flores200"))
+
+
+@pytest.mark.parametrize("kind", LANGUAGES)
+def test_answers_are_in_the_language_asked_for(kind, tmp_path):
+    tokenizer, (source, target) = make_language_tokenizer(kind, tmp_path), LANGUAGES[kind]
+    written = {"source": f"__{source}__", "target": f"__{target}__"} if kind == "m2m_100" else {}
+    language = tokenizer.convert_tokens_to_ids(written.get("target", target))
+    first = language if kind == "mbart" else tokenizer.eos_token_id
+    ids = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": first}
+    model = make_model("mbart", transformers.AutoModelForSeq2SeqLM, dropout=False, **ids)
+    options = TranslationOptions(source_lang=source, target_lang=target, decoding={"max_new_tokens": 6})
+    task, rows = build(tokenizer, model.config, options), table(source=TEXTS, target=TEXTS[::-1])
+    (example, *_) = encoded(task, rows)
+    text = tokenizer(TEXTS[-1], add_special_tokens=False)["input_ids"]
+    assert example["labels"] == [*([] if kind == "mbart" else [language]), *text, tokenizer.eos_token_id]
+    assert tokenizer.convert_tokens_to_ids(written.get("source", source)) in example["input_ids"]
+    batch = task.collate(encoded(task, rows))
+    assert batch["decoder_input_ids"][0, : len(text) + 1].tolist() == [first, *example["labels"][: len(text)]]
+    with torch.no_grad():
+        generated = task.predict(model, batch)["generated"]
+    assert kind == "mbart" or (generated[:, 0] == language).all()
+    texts = outputs_of(task, model, rows)
+    assert not any(target in output["generated"] for output in texts)
+    save_task(task, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_task(tmp_path, load_tokenizer(str(tmp_path), own=False))
+    assert encoded(again, rows) == encoded(task, rows)
+    assert outputs_of(again, model, rows) == texts
+    with pytest.raises(UserError, match="does not know: 'xx'"):
+        build(tokenizer, model.config, TranslationOptions(source_lang=source, target_lang="xx"))
+    if written:
+        with pytest.raises(UserError, match=r"does not know: '__en__'(.|\n)*one of af, am"):
+            build(tokenizer, model.config, TranslationOptions(source_lang="__en__", target_lang="__es__"))
 
 
 def test_a_t5_without_its_prefix_is_said_aloud(tokenizer, caplog):

@@ -3,6 +3,8 @@
 import json
 import random
 from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import sentencepiece
@@ -108,25 +110,28 @@ def make_decoder_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="[SEP]")
 
 
+def train_sentencepiece(prefix, *, kind="unigram"):
+    """``prefix``.model and ``prefix``.vocab, of a few lower-case texts; the pieces in order."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text.lower() for text in TEXTS] * 4),
+        model_prefix=str(prefix),
+        vocab_size=40,
+        model_type=kind,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return [line.split("\t")[0] for line in Path(f"{prefix}.vocab").read_text().splitlines()]
+
+
 def save_marian(folder):
     """As opus-mt checkpoints are: two SentencePiece models and one vocabulary, which only a slow class reads."""
     folder.mkdir()
     pieces = ["</s>", "<unk>"]
     for side, kind in {"source": "unigram", "target": "char"}.items():
-        prefix = str(folder / side)
-        texts = iter([text.lower() for text in TEXTS] * 4)
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts,
-            model_prefix=prefix,
-            vocab_size=40,
-            model_type=kind,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
+        found = train_sentencepiece(folder / side, kind=kind)
         (folder / f"{side}.model").rename(folder / f"{side}.spm")
-        lines = (folder / f"{side}.vocab").read_text().splitlines()
         (folder / f"{side}.vocab").unlink()
-        pieces += [piece for piece in (line.split("\t")[0] for line in lines) if piece not in {*pieces, "<s>"}]
+        pieces += [piece for piece in found if piece not in {*pieces, "<s>"}]
     ids = {piece: i for i, piece in enumerate([*pieces, "<pad>"])}
     (folder / "vocab.json").write_text(json.dumps(ids))
     tokens = {"pad_token_id": ids["<pad>"], "eos_token_id": 0, "decoder_start_token_id": ids["<pad>"]}
@@ -134,6 +139,63 @@ def save_marian(folder):
     transformers.MarianMTModel(config).save_pretrained(folder)
     settings = {"tokenizer_class": "MarianTokenizer", "source_lang": "en", "target_lang": "es"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+LANGUAGES = {
+    "mbart": ("en_XX", "es_XX"),
+    "mbart50": ("en_XX", "es_XX"),
+    "nllb": ("eng_Latn", "spa_Latn"),
+    "m2m_100": ("en", "es"),
+}
+"""Tokenizers that write the codes of languages into the text, and two such codes."""
+
+
+def make_language_tokenizer(kind, folder):
+    first = ["<s>", "<pad>", "</s>", "<unk>"]
+    if kind == "nllb":
+        letters = sorted({*"▁".join(TEXTS)})
+        return transformers.NllbTokenizer(vocab={piece: i for i, piece in enumerate(first + letters)})
+    if kind == "m2m_100":
+        pieces = train_sentencepiece(folder / "sentencepiece.bpe")
+        vocabulary = dict.fromkeys([*first, *pieces])
+        (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
+        return transformers.M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "sentencepiece.bpe.model"))
+    words = sorted({f"▁{word}" for text in TEXTS for word in text.split()})
+    pieces = [*first, *words, *LANGUAGES[kind]]
+    made = {"mbart": transformers.MBartTokenizer, "mbart50": transformers.MBart50Tokenizer}[kind]
+    return made(vocab=[(piece, -float(piece in words)) for piece in pieces])
+
+
+HABITS = {
+    "min_length": 20,
+    "repetition_penalty": 5.0,
+    "do_sample": True,
+    "num_beams": 2,
+    "no_repeat_ngram_size": 1,
+    "num_return_sequences": 2,
+    "early_stopping": True,
+    "use_cache": False,
+    "suppress_tokens": list(range(4, 200)),
+    "bad_words_ids": [[token] for token in range(4, 200)],
+    "return_dict_in_generate": True,
+}
+"""What a checkpoint's generation_config.json may ask for, and a run did not."""
+
+
+@contextmanager
+def input_widths(decoder):
+    """The widths of what a decoder is given within, call by call."""
+    widths = []
+
+    def spy(module, args, kwargs):
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        widths.append(ids.shape[1])
+
+    handle = decoder.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        yield widths
+    finally:
+        handle.remove()
 
 
 def make_model(family, auto_class, *, seed=0, **kwargs):

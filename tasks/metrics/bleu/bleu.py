@@ -25,9 +25,8 @@ def bleu(predictions: Sequence[str], references: Sequence[str], *, tokenize: str
 def signatures(tokenize: str = "13a") -> list[str]:
     """How the scores were made, in sacrebleu's words, for a report."""
     metrics = BLEU(tokenize=tokenize), CHRF()
-    for metric in metrics:
-        metric.corpus_score(["a"], [["a"]])
-    return [str(metric.get_signature()) for metric in metrics]
+    names = [metric.corpus_score(["a"], [["a"]]).name for metric in metrics]
+    return [f"{name}|{metric.get_signature()}" for name, metric in zip(names, metrics, strict=True)]
 
 
 class Bleu(evaluate.Metric):  # type: ignore[misc]  # untyped base
