@@ -27,8 +27,9 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Each test has the precision that it asks for: accelerate keeps the first one that a process had."""
+    yield
     if state := sys.modules.get("accelerate.state"):
-        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.AcceleratorState._reset_state()
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ def write_config(*, task, train="train.csv", validation="dev.csv"):
         "task": task,
         "model": {"name": "./model", "max_length": 32},
         "data": {"train": train, "validation": validation, "stride": 8},
-        "train": {"max_steps": 2, "batch_size": 4, "logging_steps": 1},
+        # In bf16, where a machine has it, a merged model rounds otherwise than its parts did.
+        "train": {"max_steps": 2, "batch_size": 4, "logging_steps": 1, "bf16": False},
         task: SHORT.get(task, {}),
     }
     Path("run.yaml").write_text(yaml.safe_dump(values))
@@ -397,11 +398,11 @@ def test_marian_of_the_hub_translates_with_its_slow_tokenizer(project, cli_run):
 def test_a_model_that_differs_once_reloaded_is_refused(project, cli_run, monkeypatch):
     """As it would be if a setting that the model runs by were not saved."""
 
-    def lose_a_setting(folder):
+    def lose_a_setting(task, folder):
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(content | {"layer_norm_eps": 1.0}))
 
-    monkeypatch.setattr("training.export.mark", lose_a_setting)
+    monkeypatch.setattr("training.export.save_task", lose_a_setting)
     refused(cli_run("finetune", "run.yaml"), "the reloaded model answers differently", untouched="runs/run/model")
 
 
