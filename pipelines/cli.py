@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import sys
 import time
@@ -267,6 +268,8 @@ def main() -> None:
     # threads warn about every fork after them.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # PEFT imports it in every run; on CPUs with native bf16 it then wants a package that fetches code from the Hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code = 1  # as Python ends after an exception that nobody caught
     if "RANK" in os.environ:
         atexit.register(lambda: leave(code))  # before wandb and torch register theirs, and so called after them
