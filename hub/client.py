@@ -30,6 +30,8 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 _BEFORE_DOWNLOAD = (LocalEntryNotFoundError, ValueError)
 """What the client makes of a hub that fails when asked what a file is. The first is an OSError, as those of disks."""
 ANSWER_SECONDS = 10
+TELLING = ("config.json", "tokenizer_config.json")
+"""One of them is in the cache if anything of a model or of a tokenizer alone is."""
 Given = TypeVar("Given")
 
 
@@ -103,19 +105,29 @@ def cached_instead(name: str, revision: str | None) -> str | None:
     """
     if constants.HF_HUB_OFFLINE:
         return None
-    api, found = connect(), None
+    api = connect()
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(found, str):
+        found = next(
+            filter(_is_path, (try_to_load_from_cache(name, file, revision=revision) for file in TELLING)), None
+        )
+        if found is not None:
             api.model_info(name, revision=revision, timeout=ANSWER_SECONDS)
-    except Exception as error:
-        if is_transient(error):
-            reason = str(error.response.status_code) if isinstance(error, HfHubHTTPError) else type(error).__name__
-            return (
-                f"! {api.endpoint} does not answer ({reason}): {name} is taken from the cache, as it was at "
-                f"{Path(str(found)).parent.name}; HF_HUB_OFFLINE=1 does not ask"
-            )
+    except HFValidationError:  # no name that a hub could have: loading says so
+        return None
+    except (HfHubHTTPError, httpx2.TransportError) as error:
+        if not is_transient(error):
+            return None
+        reason = str(error.response.status_code) if isinstance(error, HfHubHTTPError) else type(error).__name__
+        return (
+            f"! {api.endpoint} does not answer ({reason}): {name} is taken from the cache, as it was at "
+            f"{Path(str(found)).parent.name}; HF_HUB_OFFLINE=1 does not ask"
+        )
     return None
+
+
+def _is_path(found: object) -> bool:
+    """The client's cache also remembers, by an object, that there was no such file."""
+    return isinstance(found, str)
 
 
 def go_offline() -> None:

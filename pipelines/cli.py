@@ -330,12 +330,12 @@ def _of_the_machine(error: Exception) -> int | None:
 
 
 def _left_alone(error: Exception) -> int | None:
-    from torch.distributed import DistError
+    from torch.distributed import DistNetworkError
 
     from pipelines.launch import LOST, RUN_ID
     from sources.texts import first_line
 
-    if not (isinstance(error, DistError) or "gloo/transport" in str(error)):
+    if not (isinstance(error, DistNetworkError) or "gloo/transport" in str(error)):
         return None
     if os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID:
         return LOST

@@ -31,9 +31,9 @@ srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
     -m pipelines.cli finetune "$@" ${SLURM_RESTART_COUNT:+resume=auto} &
 step=$!
 wait "$step" && code=0 || code=$?
-while kill -0 "$step" 2>/dev/null; do # USR1 ended the wait, not the step
+if [ "$code" -eq $((128 + $(kill -l USR1))) ]; then # USR1 ended the wait, not the step
     wait "$step" && code=0 || code=$?
-done
+fi
 
 # By itself SLURM requeues after a lost node, but not at the time limit. torchrun ends with 1 whatever its ranks end with,
 # so that the code does not tell a run that was stopped; nor would TERM, which comes of `scancel` too.

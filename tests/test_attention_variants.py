@@ -73,7 +73,7 @@ def test_in_its_neutral_setting_a_variant_is_full_attention(family):
             same = swapped(model, {"variant": name, **neutral(name, model)}, tiled=tiled)
             ours = answers(same, inputs)
             assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-5, (name, tiled)
-        assert tokens is None or torch.equal(same.generate(**prompt, **settings), tokens), name
+            assert tokens is None or torch.equal(same.generate(**prompt, **settings), tokens), (name, tiled)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart"])

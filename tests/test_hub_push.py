@@ -347,13 +347,11 @@ FAULTS = {
 }
 
 
-@pytest.mark.fault("hub, 1 of 9: 500, twice, for a part of a large file", "tried again; one whole commit")
-@pytest.mark.fault("hub, 2 of 9: the connection is cut while a large file is sent", "tried again; one whole commit")
-@pytest.mark.fault("hub, 3 of 9: 429 before a file is sent", "tried again; one whole commit")
-@pytest.mark.fault("hub, 4 of 9: 503 for the commit, or its answer is lost", "tried again; one whole commit")
-@pytest.mark.fault(
-    "hub, 5 of 9: 500 when the repository is made, or its answer is lost", "tried again; one whole commit"
-)
+@pytest.mark.fault("the hub: 500, twice, for a part of a large file", "tried again; one whole commit")
+@pytest.mark.fault("the hub: the connection is cut while a large file is sent", "tried again; one whole commit")
+@pytest.mark.fault("the hub: 429 before a file is sent", "tried again; one whole commit")
+@pytest.mark.fault("the hub: 503 for the commit, or its answer is lost", "tried again; one whole commit")
+@pytest.mark.fault("the hub: 500 when the repository is made, or its answer is lost", "tried again; one whole commit")
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
 def test_a_passing_fault_leaves_one_whole_commit(faults, run, hub):
     hub.faults += faults
@@ -414,7 +412,7 @@ def test_an_answer_that_was_lost_is_not_taken_for_somebody_elses_push(run, hub):
     assert len(visible(hub)) == 2
 
 
-@pytest.mark.fault("hub, 6 of 9: a download is cut half way", "it goes on")
+@pytest.mark.fault("the hub: a download is cut half way", "it goes on")
 def test_a_download_cut_half_way_goes_on(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     hub.faults += [("GET /me/m/resolve/.*model.safetensors", "half")] * 2
@@ -449,7 +447,7 @@ def test_a_pull_that_can_not_go_on_is_one_message(call, kind, run, hub, cli_run)
     assert ("no way to the hub" if kind == "cut" else f"the hub answers {kind}") in message, message
 
 
-@pytest.mark.fault("hub, 7 of 9: it is down, and the cache has the model", "a pull is refused: nothing to compare with")
+@pytest.mark.fault("the hub: it is down, and the cache has the model", "a pull is refused: nothing to compare with")
 @pytest.mark.parametrize("down", ["closed", "cut"])
 def test_a_cache_is_no_hub_to_pull_from(down, run, hub, cli_run, monkeypatch):
     push("runs/run", "me/m", yes=True)
@@ -516,7 +514,7 @@ def test_a_hub_leads_no_pull_out_of_its_folder(name, run, hub, cli_run, monkeypa
     assert not [path for path in tmp_path.rglob("*") if path.name in ("ran", "in", "post-checkout")]
 
 
-@pytest.mark.fault("hub, 8 of 9: bytes decayed on the hub", "refused by their hash")
+@pytest.mark.fault("the hub: bytes decayed on the hub", "refused by their hash")
 def test_bytes_that_decayed_on_the_hub_are_found(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     object_ = hub.storage.open("models", "me/m").path_of(sha256_of(run / "model/model.safetensors"))
@@ -617,9 +615,7 @@ def require_all_there(run, hub):
     assert held["adapter/adapter_model.safetensors"] == sha256_of(run / "adapter/adapter_model.safetensors")
 
 
-@pytest.mark.fault(
-    "hub, 9 of 9: `kill -9` in the middle of a transfer", "no byte of it is visible; the next push is whole"
-)
+@pytest.mark.fault("the hub: `kill -9` in the middle of a transfer", "no byte of it is visible; the next push is whole")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_push_that_is_killed_in_mid_transfer_can_be_made_again(number, run, hub):

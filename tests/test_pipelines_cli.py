@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_families import SHORT, make_masking_tokenizer, make_rows, save_body, save_marian
@@ -328,18 +327,8 @@ def test_a_run_in_4_bits_leaves_a_model_that_needs_no_package_for_them(project, 
     assert (code, "bitsandbytes is not installed" in log) == (2, True)
 
 
-@pytest.fixture
-def other_precision():
-    """accelerate keeps one precision a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize(("family", "lora"), [("t5", ()), ("llama", ("lora.r=2",))])
-def test_answers_are_decoded_in_bf16_where_the_run_computes_in_it(
-    family, lora, project, cli_run, monkeypatch, other_precision
-):
+def test_answers_are_decoded_in_bf16_where_the_run_computes_in_it(family, lora, project, cli_run, monkeypatch):
     save_body(family, family)
     for name, seed in {"train": 0, "dev": 1}.items():
         make_rows("summarization", 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")

@@ -271,7 +271,7 @@ def run_watched(command, **environment):
 
 
 def watched(process, lines, seen):
-    """Collect every command line, whoever's child it is, and the processes below this one, for as long as it runs."""
+    """Collect every command line, whosever child it is, and the processes below this one, for as long as it runs."""
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         with suppress(psutil.NoSuchProcess):
             seen.update({child.pid: child for child in process.children(recursive=True)})

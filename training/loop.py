@@ -281,7 +281,7 @@ def _save(trainee: Trainee, folder: Path, position: Position, *, keep: int) -> N
 def _non_finite(
     own: list[tuple[Batch, torch.Tensor]], *, step: int, loss: float, grad_norm: float
 ) -> NonFiniteLossError:
-    """Name the rows whose loss is no number, on whichever rank; all of the update, where that is the gradient alone.
+    """Name the rows of the passes whose loss is no number, on all ranks; all rows, where the gradient alone is none.
 
     Args:
         own: This rank's micro-batches with their losses. All ranks call this, and all say the same.

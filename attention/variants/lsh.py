@@ -90,13 +90,16 @@ class Lsh(nn.Module):
         size = self.options.cluster_size * (BLOCK if self.causal else 1)
         if length <= size:
             return self.dense.work(length, heads, causal=causal)
+        rounds, cluster = self.options.rounds, self.options.cluster_size
+        unit = "pairs of every round; seen: at most, where no pair meets in two rounds"
+        if not self.causal:
+            return Work(length * rounds * cluster, length * min(length, rounds * cluster), unit)
         scored = seen = 0
-        for block in ranges(length, size if self.causal else length):
-            tokens, keys = block.stop - block.start, block.start if self.causal else length
-            own = Work(tokens**2, all_pairs(tokens, causal=True)) if self.causal else Work(0, 0)
-            scored += own.scored + tokens * self.options.rounds * min(self.options.cluster_size, keys)
-            seen += own.seen + tokens * min(keys, self.options.rounds * self.options.cluster_size)
-        return Work(scored, seen, "pairs of every round; seen: at most, where no pair meets in two rounds")
+        for block in ranges(length, size):  # its own pairs, and clusters of what comes before it
+            tokens = block.stop - block.start
+            scored += tokens**2 + tokens * rounds * min(cluster, block.start)
+            seen += all_pairs(tokens, causal=True) + tokens * min(block.start, rounds * cluster)
+        return Work(scored, seen, unit)
 
     def extra_repr(self) -> str:
         """The settings."""
