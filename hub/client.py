@@ -110,10 +110,12 @@ def cached_instead(name: str, revision: str | None) -> str | None:
         found = next(
             filter(_is_path, (try_to_load_from_cache(name, file, revision=revision) for file in TELLING)), None
         )
-        if found is not None:
-            api.model_info(name, revision=revision, timeout=ANSWER_SECONDS)
     except HFValidationError:  # no name that a hub could have: loading says so
         return None
+    if found is None:
+        return None
+    try:
+        api.model_info(name, revision=revision, timeout=ANSWER_SECONDS)
     except (HfHubHTTPError, httpx2.TransportError) as error:
         if not is_transient(error):
             return None

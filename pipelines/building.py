@@ -192,6 +192,22 @@ def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padd
     return cast(nn.Module, add_lora(loaded.model, loaded.new, **config.lora.model_dump()))
 
 
+def describe_precision(accelerator: Accelerator, *, merges: bool) -> list[str]:
+    """Say what is computed in, where it is not fp32.
+
+    Args:
+        merges: Whether the run ends by merging an adapter into its base.
+    """
+    if accelerator.mixed_precision == "no":
+        return []
+    lines = [f"computed in {accelerator.mixed_precision}; train.bf16=false computes in fp32"]
+    if merges:
+        lines.append(
+            "scored with the adapter beside its base: merged, as in model/, the sum is rounded once more in bf16"
+        )
+    return lines
+
+
 def describe_model(loaded: Loaded, model: nn.Module) -> str:
     """What is trained, what starts at random, what of the checkpoint is not used."""
     words = loaded.model.get_input_embeddings()

@@ -84,6 +84,7 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     task, loaded, features = data.task, data.loaded, data.features
     model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
+    tell(console, *building.describe_precision(accelerator, merges=config.lora.r is not None))
     recovered = recover(
         config, data, batching, resumed=checkpoint is not None, accelerator=accelerator, console=console
     )
@@ -101,6 +102,7 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
         base=loaded.sha256,
         assets=data.assets,
         world_size=accelerator.num_processes,
+        precision=accelerator.mixed_precision,
         scored_by=scored_by(task),
     )
     if former is not None:

@@ -50,6 +50,7 @@ def supports_bf16(device: torch.device) -> bool:
 
 OTHER_LOOPS = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # by which accelerate divides gradients, beside the loop's own count
+    "ACCELERATE_MIXED_PRECISION": "no",
     "ACCELERATE_USE_FSDP": "false",  # plain DDP on a CPU
     "ACCELERATE_USE_DEEPSPEED": "false",
     "ACCELERATE_USE_MEGATRON_LM": "false",
@@ -71,9 +72,9 @@ def build_accelerator(*, bf16: bool | str) -> Accelerator:
     """
     if asked := [name for name, idle in OTHER_LOOPS.items() if os.environ.get(name, idle).lower() != idle]:
         raise UserError(
-            f"{asked[0]}={os.environ[asked[0]]}, which accelerate would obey in part and in silence",
+            f"{asked[0]}={os.environ[asked[0]]}, which would be obeyed in part, or not at all, in silence",
             where="the environment, as `accelerate launch` sets it",
-            expected="heedful's own settings: train.gradient_accumulation_steps, distributed=fsdp2",
+            expected="heedful's own settings: train.bf16, train.gradient_accumulation_steps, distributed=fsdp2",
             fix=f"unset {' '.join(asked)}; use --nproc, or torchrun",
         )
     cpu = not torch.accelerator.is_available()  # accelerate joins several processes on a CPU only if told so

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from heedful import UserError
 from hub import pull as hub
 from pipelines.preparation import tell
 
@@ -24,6 +25,8 @@ def pull(source: str, folder: Path | None, *, revision: str, console: Console | 
     Raises:
         UserError: See ``hub.pull.pull``.
     """
+    if not source.strip("/"):
+        raise UserError(f"no repository: {source!r}", where="REPO", expected="owner/name, or file:///folder")
     target = folder or Path(source.rstrip("/").rpartition("/")[2])
     hub.pull(source, revision, target)
     console = console or Console(stderr=True, soft_wrap=True, emoji=False)

@@ -54,16 +54,16 @@ def push(
         parcel = pack(known, name, hub_id=None if target.startswith("file:") else target, staging=Path(staging))
         states = place.compare(parcel.files)
         _show(console, place.where, known, parcel, states)
-        if set(states.values()) == {"same"} and tag is None:
+        is_there = set(states.values()) == {"same"}
+        if is_there and tag is None:
             tell(console, "it is all there already: nothing to send")
             return None
         if not (yes or (ask is not None and ask())):
             tell(console, "nothing was sent" + ("" if ask else "; --yes sends it"))
             return None
         commit = place.send(parcel.files, tag=tag, message=f"heedful: {known.task}")
-    tell(
-        console, f"sent, and compared with what is there now: {place.where}, {commit}" + (f", tag {tag}" if tag else "")
-    )
+    done = "nothing sent, since it is all there already" if is_there else "sent, and compared with what is there now"
+    tell(console, f"{done}: {place.where}, {commit}" + (f", tag {tag}" if tag else ""))
     return commit
 
 

@@ -197,6 +197,7 @@ def manifest(
     base: str,
     assets: list[dict[str, Any]],
     world_size: int,
+    precision: str,
     scored_by: str,
 ) -> dict[str, Any]:
     """Everything that the figures of this run depend on."""
@@ -214,6 +215,7 @@ def manifest(
             "processor": _processor(),
             "gpu": _gpu(),
             "world_size": world_size,
+            "precision": "fp32" if precision == "no" else precision,
         },
         "data": dict(data),
         "base": base,

@@ -143,8 +143,8 @@ def _try_out(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bo
         return False
     finally:
         model.train(was_training)
-        # Or the first update takes the weights that were cast here: gradients of tied ones would add up in another order
-        # than in all later updates, and a resumed run, which begins with such an update, would differ in the last bit.
+        # Or the first update takes the weights that were cast here: gradients of tied ones would add up in another
+        # order than in later updates, and a resumed run, which begins with such an update, would differ in a last bit.
         torch.clear_autocast_cache()
 
 

@@ -185,6 +185,11 @@ def test_a_folder_does_as_well(run, tmp_path, cli_run):
     assert cli_run("push", "runs/run", where, "--private")[0] == 2
 
 
+def test_a_pull_of_nothing_is_refused(run, cli_run):
+    code, _, log = cli_run("pull", "")
+    assert (code, "no repository: ''" in log) == (2, True)
+
+
 def test_a_pull_leaves_what_is_somebody_elses(run, hub, cli_run):
     push("runs/run", "me/m", yes=True)
     Path("m").mkdir()

@@ -59,7 +59,12 @@ def test_names_of_parameters_are_listed_once_for_all_layers():
 
 @pytest.mark.fault("a variable of accelerate asks for another loop", "refused, naming heedful's own setting")
 @pytest.mark.parametrize(
-    ("name", "value"), {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_FSDP": "TRUE"}.items()
+    ("name", "value"),
+    {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_USE_FSDP": "TRUE",
+        "ACCELERATE_MIXED_PRECISION": "fp16",
+    }.items(),
 )
 def test_what_accelerate_would_do_behind_the_loop_is_refused(name, value, monkeypatch):
     """It would divide gradients a second time, and run plain data parallelism on a CPU: both in silence."""

@@ -346,6 +346,9 @@ def test_answers_are_decoded_in_bf16_where_the_run_computes_in_it(family, lora, 
 
     monkeypatch.setattr(nn.Linear, "forward", spy)
     code, _, log = cli_run("finetune", "run.yaml", f"model.name={family}", "train.bf16=true", *lora)
+    assert "computed in bf16" in log
+    assert ("scored with the adapter beside its base" in log) == bool(lora)
+    assert json.loads(Path("runs/run/manifest.json").read_text())["machine"]["precision"] == "bf16"
     assert code == 0, log
     assert ("what is learned of the first example: " in log) == (family == "llama")
     assert {dtype for dtype, _ in learned} == {torch.bfloat16}
