@@ -45,8 +45,17 @@ def sync(*paths: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON; NaN is refused, since no other language could read it."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write readable JSON, whole or not at all: another process may read the file meanwhile, or this one be killed.
+
+    NaN is refused, since no other language could read it.
+    """
+    text, aside = json.dumps(value, indent=2, allow_nan=False) + "\n", path.with_name(f".tmp-{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:

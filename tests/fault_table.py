@@ -23,12 +23,12 @@ One row a fault: what is done, what heedful does, which test shows it. Made from
 
 and `make test` fails where this page is not what they say. Tests marked slow run under `make verify`.
 
-Of the random kills 140 were made when these were last run, 11 of them in a save, and no loss, metric or weight differed:
+When last run, the random kills were 140, 11 of them in a save, and no loss, metric or weight differed:
 
     .venv/bin/pytest tests/test_pipelines_kills.py --junitxml=kills.xml
 
-in 268 s on two cores of an AMD EPYC with native bf16, beside other work. A run before had found a last bit that did: in bf16,
-with tied embeddings, after a kill behind the first updates of a process (`test_tasks_lm_loss.py` holds what mended it).
+in 268 s on two cores of an AMD EPYC with native bf16, beside other work. The run before had found a last bit that did: in
+bf16, with tied embeddings, after a kill behind a process's first update (`test_tasks_lm_loss.py` holds what mended it).
 """
 RUNS = """## While it runs
 

@@ -157,7 +157,7 @@ def test_what_two_processes_sharded_others_go_on_with(config, tmp_path):
     settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     save_body("bert", tmp_path / "model")
     (tmp_path / "model/config.json").write_text(json.dumps(settings))
-    overrides = [*SHARDED, f"model.name={tmp_path / 'model'}"]
+    overrides = [*SHARDED, f"model.name={tmp_path / 'model'}", "train.bf16=false"]  # where rounding is small
     assert run(config, tmp_path / "whole", processes=2, overrides=overrides).returncode == 0
     run(config, tmp_path / "on 1", point="update:9", processes=2, overrides=overrides)
     shutil.copytree(tmp_path / "on 1", tmp_path / "on 3")

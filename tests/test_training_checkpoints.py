@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from heedful import UserError
 from sources import files
-from sources.files import fault, write_whole
+from sources.files import fault, write_json, write_whole
 from training import checkpoints
 from training.checkpoints import Position, newest_whole, prune
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
@@ -351,3 +352,19 @@ def test_saving_is_quick(tmp_path):
     started = time.monotonic()
     run.save(tmp_path)
     assert time.monotonic() - started < 5
+
+
+def test_json_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    """What another process reads meanwhile, or after a kill or a full disk."""
+    path, plain = tmp_path / "a.json", Path.write_text
+    write_json(path, {"a": 1})
+
+    def torn(target, text, **how):
+        plain(target, text[:3], **how)
+        raise OSError("full")
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(OSError, match="full"):
+        write_json(path, {"a": 2})
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads(path.read_text()) == {"a": 1}
