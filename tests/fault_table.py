@@ -28,7 +28,7 @@ When last run, the random kills were 140, 11 of them in a save, and no loss, met
     .venv/bin/pytest tests/test_pipelines_kills.py --junitxml=kills.xml
 
 in 268 s on two cores of an AMD EPYC with native bf16, beside other work. The run before had found a last bit that did:
-in bf16, with tied embeddings, after a kill behind a process's first update (`test_tasks_lm_loss.py` holds what mended it).
+in bf16, with tied embeddings, after a kill behind a process's first update (`test_tasks_lm_loss.py` holds the mend).
 """
 RUNS = """## While it runs
 
