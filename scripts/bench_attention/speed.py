@@ -113,14 +113,16 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
 
 def draw_times(reports: Sequence[dict[str, Any]], path: Path) -> None:
     """Time by length, both by powers of two, a line a variant."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     plain = [report for report in reports if not report["dropout"] and not report.get("refused")]
-    for name in dict.fromkeys(report["variant"] for report in plain):
+    colours = colormaps["tab20"].colors
+    for number, name in enumerate(dict.fromkeys(report["variant"] for report in plain)):
         points = sorted((r["length"], r["milliseconds"]) for r in plain if r["variant"] == name)
-        style = {"color": "black", "linewidth": 2.5} if name == KERNEL else {"marker": "."}
+        style = {"color": "black", "linewidth": 2.5} if name == KERNEL else {"color": colours[number], "marker": "."}
         axes.plot(*zip(*points, strict=True), label=settings_of(name), **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -128,7 +130,8 @@ def draw_times(reports: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("CPU time of a training step, ms")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside right upper", fontsize="small")  # beside the lines, of which it would hide some
     figure.savefig(path)
 
 
