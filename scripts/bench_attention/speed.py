@@ -119,10 +119,10 @@ def draw_times(reports: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     plain = [report for report in reports if not report["dropout"] and not report.get("refused")]
-    colours = colormaps["tab20"].colors
+    colour = colormaps["tab20"]
     for number, name in enumerate(dict.fromkeys(report["variant"] for report in plain)):
         points = sorted((r["length"], r["milliseconds"]) for r in plain if r["variant"] == name)
-        style = {"color": "black", "linewidth": 2.5} if name == KERNEL else {"color": colours[number], "marker": "."}
+        style = {"color": "black", "linewidth": 2.5} if name == KERNEL else {"color": colour(number), "marker": "."}
         axes.plot(*zip(*points, strict=True), label=settings_of(name), **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
