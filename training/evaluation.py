@@ -39,7 +39,7 @@ def predict(
     """Predict every feature; on every rank the whole list, in the order of the features.
 
     Args:
-        batch_size: Features in one forward pass.
+        batch_size: Features in one forward pass. Ranks beyond the number of batches have nothing to do.
         tick: Called after each batch, to show progress.
     """
     lengths = np.asarray(features["length"])
