@@ -192,19 +192,13 @@ def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padd
     return cast(nn.Module, add_lora(loaded.model, loaded.new, **config.lora.model_dump()))
 
 
-def describe_precision(accelerator: Accelerator, *, merges: bool) -> list[str]:
-    """Say what is computed in, where it is not fp32.
-
-    Args:
-        merges: Whether the run ends by merging an adapter into its base.
-    """
+def describe_precision(accelerator: Accelerator, *, four_bits: bool) -> list[str]:
+    """Say what is computed in, where it is not fp32."""
     if accelerator.mixed_precision == "no":
         return []
     lines = [f"computed in {accelerator.mixed_precision}; train.bf16=false computes in fp32"]
-    if merges:
-        lines.append(
-            "scored with the adapter beside its base: merged, as in model/, the sum is rounded once more in bf16"
-        )
+    if four_bits:
+        lines.append("scored in 4 bits with the adapter beside them: merged, as in model/, bf16 rounds otherwise")
     return lines
 
 

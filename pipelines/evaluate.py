@@ -60,7 +60,7 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
             accelerator=opened.accelerator,
             batch_size=opened.config.train.per_device_eval_batch_size,
             tick=progress_lines(opened.console, name),
-            intervals=True,
+            final=True,
         )
     opened.console.print(metrics_table(metrics))
     if signature := scored_by(task):

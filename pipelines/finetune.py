@@ -55,8 +55,8 @@ NOT_A_SCORE = ("best_f1_thresh",)
 class Score(Protocol):
     """Metrics of a split."""
 
-    def __call__(self, split: str, *, intervals: bool = False) -> dict[str, Any]:
-        """Score; ``intervals`` adds those of confidence."""
+    def __call__(self, split: str, *, final: bool = False) -> dict[str, Any]:
+        """Score; ``final`` is that of the model as it is saved, with intervals of confidence."""
         ...
 
 
@@ -84,7 +84,7 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     task, loaded, features = data.task, data.loaded, data.features
     model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
-    tell(console, *building.describe_precision(accelerator, merges=config.lora.r is not None))
+    tell(console, *building.describe_precision(accelerator, four_bits=config.model.load_in_4bit))
     recovered = recover(
         config, data, batching, resumed=checkpoint is not None, accelerator=accelerator, console=console
     )
@@ -131,7 +131,7 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     tracker.close()
     best = run.checkpoints / f"step-{position.best_step or position.step}"
     checkpoints.load_model(best, trainee.bare_model)
-    metrics = {split: score(split, intervals=True) for split in features if split != "train"}
+    metrics = {split: score(split, final=True) for split in features if split != "train"}
     if accelerator.is_main_process:
         finish(run, config, data, plain_model(config, trainee, features["train"], best), metrics, console)
         columns = data.rows["train"].column_names
@@ -143,7 +143,7 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
 def scorer(config: RunConfig, data: Prepared, trainee: Trainee, console: Console) -> Score:
     """What scores the model, as it is then, on a split."""
 
-    def score(split: str, *, intervals: bool = False) -> dict[str, Any]:
+    def score(split: str, *, final: bool = False) -> dict[str, Any]:
         return evaluate_split(
             data.task,
             trainee.bare_model,
@@ -152,7 +152,7 @@ def scorer(config: RunConfig, data: Prepared, trainee: Trainee, console: Console
             accelerator=trainee.accelerator,
             batch_size=config.train.per_device_eval_batch_size,
             tick=progress_lines(console, split),
-            intervals=intervals,
+            final=final,
         )
 
     return score

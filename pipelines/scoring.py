@@ -23,17 +23,19 @@ def evaluate_split(
     accelerator: Accelerator,
     batch_size: int,
     tick: Tick = untold,
-    intervals: bool = False,
+    final: bool = False,
 ) -> dict[str, Any]:
     """The metrics of one split, the same on every rank.
 
     Args:
-        intervals: Add ``<metric>_ci95`` by the bootstrap over rows.
+        final: Of the model as it is saved, its adapter merged, with ``<metric>_ci95`` by the bootstrap over rows.
     """
-    predictions = predict(task, model, features, accelerator=accelerator, batch_size=batch_size, tick=tick)
+    predictions = predict(
+        task, model, features, accelerator=accelerator, batch_size=batch_size, tick=tick, as_saved=final
+    )
     result: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
-        result = [_score(task, task.decode(predictions, rows), rows, intervals=intervals)]
+        result = [_score(task, task.decode(predictions, rows), rows, intervals=final)]
     return broadcast_object_list(result)[0]  # type: ignore[no-any-return]
 
 

@@ -51,7 +51,6 @@ def write_config(*, task, train="train.csv", validation="dev.csv"):
         "task": task,
         "model": {"name": "./model", "max_length": 32},
         "data": {"train": train, "validation": validation, "stride": 8},
-        # In bf16, where a machine has it, a merged model rounds otherwise than its parts did.
         "train": {"max_steps": 2, "batch_size": 4, "logging_steps": 1, "bf16": False},
         task: SHORT.get(task, {}),
     }
@@ -277,13 +276,14 @@ def test_every_verb_of_every_task(task, project, cli_run):
     for name, seed in {"train": 0, "dev": 1}.items():
         make_rows(task, 12, seed=seed).remove_columns("row").to_json(f"{name}.jsonl")
     write_config(task=task, train="train.jsonl", validation="dev.jsonl")
-    code, _, log = cli_run("finetune", "run.yaml", "lora.r=2")
+    # In bf16 a merged model rounds otherwise than its parts beside each other: figures are of what is saved.
+    run = ["lora.r=2", "train.bf16=true", "train.learning_rate=0.05", "train.max_steps=8"]
+    code, _, log = cli_run("finetune", "run.yaml", *run)
     assert code == 0, log
     stored = json.loads(Path("runs/run/metrics.json").read_text())
     code, out, log = cli_run("evaluate", "runs/run")
     assert code == 0, log
-    # The adapter is merged by then, which rounds.
-    assert json.loads(out)["validation"] == {k: pytest.approx(v, rel=1e-6) for k, v in stored["validation"].items()}
+    assert json.loads(out) == {"validation": stored["validation"]}
     given = "dev.jsonl" if task == "qa" else "Anna met the cat"
     code, out, log = cli_run("predict", "runs/run/model", given)
     assert code == 0, log
@@ -347,7 +347,6 @@ def test_answers_are_decoded_in_bf16_where_the_run_computes_in_it(family, lora, 
     monkeypatch.setattr(nn.Linear, "forward", spy)
     code, _, log = cli_run("finetune", "run.yaml", f"model.name={family}", "train.bf16=true", *lora)
     assert "computed in bf16" in log
-    assert ("scored with the adapter beside its base" in log) == bool(lora)
     assert json.loads(Path("runs/run/manifest.json").read_text())["machine"]["precision"] == "bf16"
     assert code == 0, log
     assert ("what is learned of the first example: " in log) == (family == "llama")

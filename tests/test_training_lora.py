@@ -22,7 +22,7 @@ from heedful import UserError
 from training.batches import examples
 from training.export import _answers, export
 from training.loop import Trainee, run_update
-from training.lora import add_lora, block_linears, open_adapter, owners, save_adapter
+from training.lora import add_lora, block_linears, merged, open_adapter, owners, save_adapter
 from training.models import load_model, pretrained_hash
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
@@ -103,6 +103,26 @@ def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, ta
     for model_again in (plain_model, again):
         for ours, theirs in zip(_answers(model_again, probe), trained, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_is_merged_for_a_while_as_it_will_be_for_good(variant, bodies):
+    """In bf16, where the two round otherwise than beside each other; and not a bit of the weights is lost."""
+    task, _, features = make_task("classification")
+    _, _, model = adapted("bert", bodies, task, **VARIANTS[variant])
+    train(model, task, features, steps=6)
+    probe = task.collate(examples(features, np.arange(8)))
+    before = snapshot(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        beside = _answers(model, probe)
+        with pytest.raises(KeyError), merged(model):
+            within = _answers(model, probe)
+            raise KeyError
+        assert changed(before, model) == set()
+        assert all(map(torch.equal, _answers(model, probe), beside))
+        for_good = _answers(model.merge_and_unload(), probe)
+    assert all(map(torch.equal, within, for_good))
+    assert not any(map(torch.equal, within, beside))
 
 
 @pytest.mark.fault("a merge that loses the adapter", "refused, and no model is left")

@@ -98,6 +98,19 @@ def answers(trainee, rows, features):
     return trainee.task.decode(found, rows)
 
 
+def merging(case):
+    """How far the answers with the adapter merged are from those with it beside, and whether any weight was moved."""
+    trainee, _, features = make_case(case, sharded=True)
+    run_update(trainee, micro_batches_of(trainee, features, step=0, micro_batch_size=1), features, step=0)
+    before = flat(trainee.bare_model)
+    beside, within = (
+        predict(trainee.task, trainee.model, features, accelerator=trainee.accelerator, batch_size=3, as_saved=as_saved)
+        for as_saved in (False, True)
+    )
+    apart = max(abs(one["logits"] - other["logits"]).max() for one, other in zip(beside, within, strict=True))
+    return float(apart), torch.equal(before, flat(trainee.bare_model))
+
+
 def make_texts(*, sharded):
     trainee, rows, features = make_case("bart", sharded=sharded)
     return trainee, rows.select(range(3)), features.select(range(3))
@@ -135,6 +148,7 @@ def main(folder, cases):
     results = {
         "changes": {case: change(case, sharded=True) for case in cases},
         "answers": before,
+        "merging": merging("dora"),
         "held": gather_object([(own, total, type(trainee.model).__name__)]),
         "read": read,
         "written": written,
@@ -167,6 +181,9 @@ def test_two_processes_with_half_a_model_each_do_as_one_does(cases, tmp_path):
             wrong[case] = difference
     assert wrong == {}
     assert results["answers"] == untrained
+    apart, unmoved = results["merging"]
+    assert 0 < apart < 1e-4
+    assert unmoved
     for own, total, name in results["held"]:
         assert own == pytest.approx(total / 2, rel=0.01)
         assert name == "FSDPBartForConditionalGeneration"  # and no DistributedDataParallel

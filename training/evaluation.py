@@ -7,6 +7,7 @@ the whole is checked to be complete before it is scored.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from tasks.protocol import Prediction, Task
 from training.batches import Indices, examples
+from training.lora import merged
 from training.sharding import whole
 
 Tick = Callable[[int, int], None]
@@ -35,12 +37,14 @@ def predict(
     accelerator: Accelerator,
     batch_size: int,
     tick: Tick = untold,
+    as_saved: bool = False,
 ) -> list[Prediction]:
     """Predict every feature; on every rank the whole list, in the order of the features.
 
     Args:
         batch_size: Features in one forward pass. Ranks beyond the number of batches have nothing to do.
         tick: Called after each batch, to show progress.
+        as_saved: Merge an adapter meanwhile, as the saved model will have it.
     """
     lengths = np.asarray(features["length"])
     order = np.argsort(-lengths, kind="stable")  # batches of like length: little padding, and the largest comes first
@@ -51,7 +55,7 @@ def predict(
     was_training = model.training
     model.eval()
     answers: list[tuple[int, Prediction]] = []
-    with whole(model):
+    with whole(model), merged(model) if as_saved else nullcontext():
         for indices in own:
             answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
             tick(len(answers), total)

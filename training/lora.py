@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -130,6 +132,27 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PeftMode
         )
     values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) | {"peft_type": PeftType.LORA}
     return PeftModel.from_pretrained(model, folder, config=LoraConfig.from_peft_type(**values))
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within, an adapter is in its base's weights, as ``model/`` will hold it: bf16 rounds their sum once more.
+
+    Takes as much memory again as the layers that are adapted. Weights in 4 bits can not hold the sum, and stay.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    bases = [layer.get_base_layer() for layer in layers]
+    if not all(base.weight.is_floating_point() for base in bases):
+        layers = bases = []
+    before = [base.weight.data for base in bases]
+    for layer in layers:
+        layer.merge(safe_merge=True)  # into a new tensor: what PEFT would take out again is not what was there before
+    try:
+        yield
+    finally:
+        for layer, base, weight in zip(layers, bases, before, strict=True):
+            layer.unmerge()
+            base.weight.data = weight
 
 
 def _refuse_absent(model: PreTrainedModel, targets: Sequence[str]) -> None:
