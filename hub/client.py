@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ ANSWER_SECONDS = 10
 TELLING = ("config.json", "tokenizer_config.json")
 """One of them is in the cache if anything of a model or of a tokenizer alone is."""
 Given = TypeVar("Given")
+logger = logging.getLogger("heedful.hub.client")
 
 
 def connect() -> HfApi:
@@ -61,6 +63,12 @@ def _cause(error: BaseException) -> BaseException:
     return error.__cause__ if packed and error.__cause__ is not None else error
 
 
+def _reason(error: BaseException) -> str:
+    """A status, or a name, of what is transient."""
+    error = _cause(error)
+    return str(error.response.status_code) if isinstance(error, HfHubHTTPError) else type(error).__name__
+
+
 def retried(call: Callable[[], Given], *, between: Callable[[], Given | None] = lambda: None) -> Given:
     """Call again while the fault is a passing one, with longer and longer waits.
 
@@ -75,6 +83,7 @@ def retried(call: Callable[[], Given], *, between: Callable[[], Given | None] = 
         except Exception as error:
             if not is_transient(error):
                 raise
+            logger.warning("%s does not answer (%s): asked again in %g s", constants.ENDPOINT, _reason(error), wait)
         time.sleep(wait)
         if (done := between()) is not None:
             return done
@@ -119,9 +128,8 @@ def cached_instead(name: str, revision: str | None) -> str | None:
     except (HfHubHTTPError, httpx2.TransportError) as error:
         if not is_transient(error):
             return None
-        reason = str(error.response.status_code) if isinstance(error, HfHubHTTPError) else type(error).__name__
         return (
-            f"! {api.endpoint} does not answer ({reason}): {name} is taken from the cache, as it was at "
+            f"! {api.endpoint} does not answer ({_reason(error)}): {name} is taken from the cache, as it was at "
             f"{Path(str(found)).parent.name}; HF_HUB_OFFLINE=1 does not ask"
         )
     return None

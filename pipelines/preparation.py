@@ -92,12 +92,18 @@ def build_accelerator(*, bf16: bool | str) -> Accelerator:
 
 def build_console(accelerator: Accelerator, console: Console | None = None) -> Console:
     """The main process's console; the others' are quiet. What the libraries' loggers say goes there too."""
-    console = console or Console(stderr=True, soft_wrap=True, emoji=False)  # "owner/name:train:" holds the name of one
+    console = open_console(console)
     if not accelerator.is_main_process:
         console.quiet = True
     transformers_logging.disable_progress_bar()  # of reading and writing weights; downloads show their own
     if not (console.is_terminal and accelerator.is_main_process):
         datasets.disable_progress_bars()
+    return console
+
+
+def open_console(console: Console | None = None) -> Console:
+    """A console on stderr, unless one is given; heedful's own loggers speak there too."""
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)  # "owner/name:train:" holds the name of one
     logger = logging.getLogger("heedful")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from heedful import UserError
 from hub import pull as hub
-from pipelines.preparation import tell
+from pipelines.preparation import open_console, tell
 
 
 def pull(source: str, folder: Path | None, *, revision: str, console: Console | None = None) -> Path:
@@ -28,7 +28,7 @@ def pull(source: str, folder: Path | None, *, revision: str, console: Console | 
     if not source.strip("/"):
         raise UserError(f"no repository: {source!r}", where="REPO", expected="owner/name, or file:///folder")
     target = folder or Path(source.rstrip("/").rpartition("/")[2])
+    console = open_console(console)
     hub.pull(source, revision, target)
-    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     tell(console, f"{source} is in {target}, and every file is what was pushed")
     return target

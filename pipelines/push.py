@@ -14,7 +14,7 @@ from heedful import UserError
 from hub import cards, facts
 from hub.facts import Facts
 from hub.push import Parcel, destination, pack
-from pipelines.preparation import tell
+from pipelines.preparation import open_console, tell
 from sources.texts import counted
 
 
@@ -46,7 +46,7 @@ def push(
     Raises:
         UserError: It can not go, or not on these terms.
     """
-    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
+    console = open_console(console)
     known, place = facts.read(checkpoint), destination(target, private=private)
     _check_terms(known, accept_terms)
     name = target.rstrip("/").rpartition("/")[2]

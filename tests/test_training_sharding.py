@@ -44,6 +44,7 @@ CASES = {family: (family, lambda model: model) for family in TASK_OF} | {
     "lora": ("bert", with_lora),
     "dora": ("bert", lambda model: with_lora(model, use_dora=True)),
     "lora, tied": ("gpt2", with_lora),
+    "dora, tied": ("gpt2", lambda model: with_lora(model, use_dora=True)),
     "recomputed": ("bert", with_recomputing),
     "recomputed, tied": ("llama", with_recomputing),
     "called twice": ("albert", lambda model: model),
@@ -107,7 +108,7 @@ def merging(case):
         predict(trainee.task, trainee.model, features, accelerator=trainee.accelerator, batch_size=3, as_saved=as_saved)
         for as_saved in (False, True)
     )
-    apart = max(abs(one["logits"] - other["logits"]).max() for one, other in zip(beside, within, strict=True))
+    apart = max(abs(one["nll"] - other["nll"]) for one, other in zip(beside, within, strict=True))
     return float(apart), torch.equal(before, flat(trainee.bare_model))
 
 
@@ -148,7 +149,7 @@ def main(folder, cases):
     results = {
         "changes": {case: change(case, sharded=True) for case in cases},
         "answers": before,
-        "merging": merging("dora"),
+        "merging": merging("dora, tied"),
         "held": gather_object([(own, total, type(trainee.model).__name__)]),
         "read": read,
         "written": written,
