@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from attention.dropout import dropout_scale, keep_again
 from attention.engine import dropping, ranges, wide
@@ -47,8 +47,6 @@ BLOCK = 4
 """Clusters' sizes in a block where tokens look back only: so many keys its queries see elsewhere in four rounds."""
 NARROWEST, WIDEST = 8, 64
 """Queries in a chunk. Narrow ones gather keys more often, wide ones stay empty more often."""
-KEPT = 2**16
-"""Pairs of a part up to which its tables are kept for the backward pass: of short texts they are small."""
 
 
 class Lsh(nn.Module):
@@ -271,26 +269,84 @@ class Block:
         tokens_BKTW = self.tokens.start + chunks.queries % (self.tokens.stop - self.tokens.start)
         keys_before = number > 0 and self.tokens.start > 0
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Part:
-            scores = _rows(query, chunks.queries) @ _rows(key, keys_BKTC).mT
+        def hide(scores: Tensor) -> None:
             if (allowed := self.text.allowed(tokens_BKTW, keys_BKTC, before=keys_before)) is not None:
-                scores = scores.masked_fill(~allowed, -torch.inf)
+                scores.masked_fill_(~allowed, -torch.inf)
             if met is not None and (elsewhere := met()) is not None:
-                scores = scores.masked_fill(elsewhere, -torch.inf)
-            level = scores.detach().amax(-1, keepdim=True)
-            weights = (scores - level.masked_fill(level == -torch.inf, 0.0)).exp()
-            total = weights.sum(-1, keepdim=True)
-            if (keep := self.text.keep(self.first_part + number, weights)) is not None:
-                weights = weights * keep
-            values = weights @ _rows(value, keys_BKTC)
-            return Part(*(_rows(x.flatten(2, 3), chunks.places) for x in (values, total, level)))
+                scores.masked_fill_(elsewhere, -torch.inf)
 
-        inputs = self.query, self.text.key, self.text.value
-        if chunks.queries.numel() * keys_BKTC.shape[-1] <= KEPT:
-            return attend(*inputs)
-        # The tables of a part are made again in the backward pass, or those of all parts would be kept till then.
-        part: Part = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+        table = Table(chunks, keys_BKTC, hide, partial(self.text.keep, self.first_part + number))
+        return Part(*_Attend.apply(self.query, self.text.key, self.text.value, table))  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The weights of a part: both passes make it alike.
+
+    Args:
+        keys: Which ones, BKTC.
+        hide: Masks scores BKTWC in place.
+        keep: What dropout leaves of weights BKTWC; None without dropout.
+    """
+
+    chunks: Chunks
+    keys: Tensor
+    hide: Callable[[Tensor], None]
+    keep: Callable[[Tensor], Tensor | None]
+
+    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """BKTWD, BKTCD and BKTCD."""
+        return _rows(query, self.chunks.queries), _rows(key, self.keys), _rows(value, self.keys)
+
+    def weights(self, q_BKTWD: Tensor, k_BKTCD: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Not yet divided by their sum, and the highest scores, BKTW1, unless they are known."""
+        scores = q_BKTWD @ k_BKTCD.mT
+        self.hide(scores)
+        level = scores.amax(-1, keepdim=True) if level is None else level
+        return scores.sub_(level.masked_fill(level == -torch.inf, 0.0)).exp_(), level
+
+    def place(self, x_BKTWD: Tensor) -> Tensor:
+        """BKQD: each query back from its chunk."""
+        return _rows(x_BKTWD.flatten(2, 3), self.chunks.places)
+
+    def chunk(self, x_BKQD: Tensor) -> Tensor:
+        """BKTWD: each query in its chunk, and zeros in what is left over."""
+        held = *self.chunks.queries.shape, x_BKQD.shape[-1]
+        return _sum_rows(x_BKQD, self.chunks.places, held[2] * held[3]).view(held)
+
+
+class _Attend(torch.autograd.Function):
+    """A part. Its table is made again in the backward pass, or those of all parts would be kept till then."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, table: Table) -> tuple[Tensor, ...]:
+        q, k, v = table.gather(query, key, value)
+        weights, level = table.weights(q, k)
+        total = weights.sum(-1, keepdim=True)
+        if (keep := table.keep(weights)) is not None:
+            weights.mul_(keep)
+        part = tuple(table.place(x) for x in (weights @ v, total, level))
+        ctx.save_for_backward(query, key, value, level)
+        ctx.table = table
+        ctx.mark_non_differentiable(part[2])
         return part
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalues: Tensor, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, level = ctx.saved_tensors
+        table: Table = ctx.table
+        q, k, v = table.gather(query, key, value)
+        weights, _ = table.weights(q, k, level)
+        keep = table.keep(weights)
+        dvalues, dtotal = table.chunk(dvalues), table.chunk(dtotal)
+        dv = _sum_rows((weights if keep is None else weights * keep).mT @ dvalues, table.keys, value.shape[2])
+        dweights = dvalues @ v.mT
+        if keep is not None:
+            dweights.mul_(keep)
+        dscores = dweights.add_(dtotal).mul_(weights)
+        dk = _sum_rows(dscores.mT @ q, table.keys, key.shape[2])
+        return _sum_rows(dscores @ k, table.chunks.queries, query.shape[2]), dk, dv, None
 
 
 def _together(parts: Sequence[Part]) -> Tensor:
@@ -341,9 +397,22 @@ def _met_before(number: int, chunks: Chunks, hashes_BKRQ: Tensor, keys_BKREC: Te
 
 def _rows(x_BKMD: Tensor, index: Tensor) -> Tensor:
     """[B, K, ..., D] by index [B, K, ...] of M."""
-    rows, heads, length = x_BKMD.shape[:3]
-    first = (torch.arange(rows * heads, device=index.device) * length).view(rows, heads, *[1] * (index.ndim - 2))
-    return x_BKMD.flatten(0, 2).index_select(0, (index + first).flatten()).view(*index.shape, -1)
+    return x_BKMD.flatten(0, 2).index_select(0, _flat(index, x_BKMD.shape[2])).view(*index.shape, -1)
+
+
+def _sum_rows(x: Tensor, index: Tensor, length: int) -> Tensor:
+    """BKMD, M of length: the sums of what [B, K, ..., D] has for each index [B, K, ...] of M."""
+    (rows, heads), width = index.shape[:2], x.shape[-1]
+    total = x.new_zeros(rows * heads * length, width)
+    total.scatter_add_(0, _flat(index, length)[:, None].expand(-1, width), x.reshape(-1, width))
+    return total.view(rows, heads, length, width)
+
+
+def _flat(index: Tensor, length: int) -> Tensor:
+    """Of all rows and heads in a row, B K length."""
+    rows, heads = index.shape[:2]
+    first = torch.arange(rows * heads, device=index.device) * length
+    return (index.flatten(2) + first.view(rows, heads, 1)).flatten()
 
 
 def _real_first(mask: LazyMask, tokens: int) -> Tensor | None:
