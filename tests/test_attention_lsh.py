@@ -14,6 +14,7 @@ from attention.options import Plan
 from attention.reference import attention_weights, dense_attention
 from attention.scoring import Scoring
 from attention.seam import install
+from attention.variants import lsh
 from attention.variants.lsh import BLOCK, directions
 from heedful import UserError
 
@@ -145,6 +146,18 @@ def test_dropout_takes_each_pair_as_a_whole(causal):
     torch.manual_seed(5)
     assert torch.equal(variant(*tensors[:2], eye, mask, Scoring(0.3, dropout=p)), out)
     assert not torch.equal(variant(*tensors[:2], eye, mask, Scoring(0.3, dropout=p)), out)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_small_tables_that_are_kept_give_what_those_made_again_give(causal, monkeypatch):
+    variant, tensors = make_variant(SETTINGS[1], causal=causal), make_tensors(rows=3, groups=2)
+    mask, found = mask_of(make_real(), causal=causal), []
+    for kept in (0, 10**9):
+        monkeypatch.setattr(lsh, "KEPT", kept)
+        torch.manual_seed(0)
+        out = variant(*tensors, mask, Scoring(0.3, dropout=0.25))
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert all(torch.equal(again, kept) for again, kept in zip(*found, strict=True))
 
 
 def test_directions_follow_from_the_seed_and_the_layer():

@@ -47,6 +47,8 @@ BLOCK = 4
 """Clusters' sizes in a block where tokens look back only: so many keys its queries see elsewhere in four rounds."""
 NARROWEST, WIDEST = 8, 64
 """Queries in a chunk. Narrow ones gather keys more often, wide ones stay empty more often."""
+KEPT = 2**16
+"""Weights of a part up to which they are kept for the backward pass: of short texts they are few."""
 
 
 class Lsh(nn.Module):
@@ -316,17 +318,17 @@ class Table:
 
 
 class _Attend(torch.autograd.Function):
-    """A part. Its table is made again in the backward pass, or those of all parts would be kept till then."""
+    """A part. A large table is made again in the backward pass, or those of all parts would be kept till then."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, table: Table) -> tuple[Tensor, ...]:
         q, k, v = table.gather(query, key, value)
         weights, level = table.weights(q, k)
         total = weights.sum(-1, keepdim=True)
-        if (keep := table.keep(weights)) is not None:
-            weights.mul_(keep)
-        part = tuple(table.place(x) for x in (weights @ v, total, level))
-        ctx.save_for_backward(query, key, value, level)
+        keep = table.keep(weights)
+        values = (weights if keep is None else weights * keep) @ v
+        part = tuple(table.place(x) for x in (values, total, level))
+        ctx.save_for_backward(query, key, value, level, weights if weights.numel() <= KEPT else None)
         ctx.table = table
         ctx.mark_non_differentiable(part[2])
         return part
@@ -334,10 +336,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dvalues: Tensor, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, level = ctx.saved_tensors
+        query, key, value, level, kept = ctx.saved_tensors
         table: Table = ctx.table
         q, k, v = table.gather(query, key, value)
-        weights, _ = table.weights(q, k, level)
+        weights = table.weights(q, k, level)[0] if kept is None else kept
         keep = table.keep(weights)
         dvalues, dtotal = table.chunk(dvalues), table.chunk(dtotal)
         dv = _sum_rows((weights if keep is None else weights * keep).mT @ dvalues, table.keys, value.shape[2])
