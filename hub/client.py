@@ -83,7 +83,7 @@ def retried(call: Callable[[], Given], *, between: Callable[[], Given | None] = 
         except Exception as error:
             if not is_transient(error):
                 raise
-            logger.warning("%s does not answer (%s): asked again in %g s", constants.ENDPOINT, _reason(error), wait)
+            logger.warning("%s can not serve this (%s): asked again in %g s", constants.ENDPOINT, _reason(error), wait)
         time.sleep(wait)
         if (done := between()) is not None:
             return done

@@ -178,7 +178,7 @@ def _where(config: RunConfig) -> dict[str, Any]:
     return {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
 
 
-def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padding: int) -> nn.Module:
+def adapt(config: RunConfig, task: Task, loaded: Loaded, features: datasets.Dataset) -> nn.Module:
     """The model as it will be trained: whole, or frozen with an adapter."""
     use_fast_dropout(loaded.model)
     if config.train.activation_checkpointing:
@@ -187,18 +187,20 @@ def adapt(config: RunConfig, loaded: Loaded, features: datasets.Dataset, *, padd
         # Its table of all rows would stand whole on each process, sharded or not; a stream's later words are not known.
         plain = config.distributed == "ddp" and config.train.weight_decay == 0 and not config.data.streaming
         if plain and config.train.optim in LEAVES_UNUSED_ROWS:
-            train_used_rows(loaded.model, features, padding=padding)
+            train_used_rows(loaded.model, features, padding=task.tokenizer.pad_token_id or 0)
         return cast(nn.Module, loaded.model)
     return cast(nn.Module, add_lora(loaded.model, loaded.new, **config.lora.model_dump()))
 
 
-def describe_precision(accelerator: Accelerator, *, four_bits: bool) -> list[str]:
-    """Say what is computed in, where it is not fp32."""
+def describe_precision(config: RunConfig, accelerator: Accelerator) -> list[str]:
+    """Say what is computed in, where it is not fp32, and where the saved model is scored otherwise for it."""
     if accelerator.mixed_precision == "no":
         return []
     lines = [f"computed in {accelerator.mixed_precision}; train.bf16=false computes in fp32"]
-    if four_bits:
+    if config.model.load_in_4bit:
         lines.append("scored in 4 bits with the adapter beside them: merged, as in model/, bf16 rounds otherwise")
+    if config.distributed == "fsdp2" and accelerator.num_processes > 1:
+        lines.append("scored with all weights in bf16, as the processes share them; model/ holds them in fp32")
     return lines
 
 

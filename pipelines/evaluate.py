@@ -10,9 +10,10 @@ from heedful import UserError
 from pipelines.inference import EFFECTIVE, model_folder, open_model, refuse_idle
 from pipelines.preparation import dialect, encode, fetch_assets, split_sources, tell
 from pipelines.report import metrics_table, progress_lines
-from pipelines.scoring import evaluate_split, scored_by
+from pipelines.scoring import check_answers, evaluate_split, scored_by
 from sources.readers import read_rows
 from tasks import TASKS
+from tasks.baselines import Split
 from tasks.saved import read
 
 
@@ -52,15 +53,15 @@ def evaluate(checkpoint: str, overrides: list[str], *, console: Console | None =
             seed=opened.config.seed,
         )
         task.check(rows, where=source)
+        check_answers(task, rows, where=source)
         metrics[name] = evaluate_split(
             task,
             opened.model,
-            rows,
-            encode(task, rows, training=False, where=source),
+            Split(rows, encode(task, rows, training=False, where=source)),
             accelerator=opened.accelerator,
             batch_size=opened.config.train.per_device_eval_batch_size,
             tick=progress_lines(opened.console, name),
-            final=True,
+            intervals=True,
         )
     opened.console.print(metrics_table(metrics))
     if signature := scored_by(task):

@@ -1,7 +1,7 @@
 """``heedful finetune``: build the parts in the one legal order, train, evaluate, leave a model behind.
 
-seed -> tokenizer -> rows -> model -> features (audited) -> LoRA -> attention transfer -> optimizer ->
-accelerator.prepare -> resume -> train
+seed -> rows -> tokenizer and task -> model -> features (audited) -> LoRA -> attention transfer -> sharding ->
+optimizer -> accelerator.prepare -> resume -> train
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pipelines.sections import RunConfig
 from pipelines.transfer import recover
 from sources.files import fault, strays, write_json
 from sources.texts import counted, first_few
+from tasks.baselines import Split
 from training import checkpoints
 from training.batches import Batching, Block, epochs, examples
 from training.checkpoints import Position
@@ -82,19 +83,21 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     checkpoint = runs.find_checkpoint(run, config, say=partial(tell, console))
     data = prepare(config, accelerator, console)
     task, loaded, features = data.task, data.loaded, data.features
-    model = building.adapt(config, loaded, features["train"], padding=task.tokenizer.pad_token_id or 0)
+    steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
+    schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
+    check_schedule(schedule, data, console)
+    model = building.adapt(config, task, loaded, features["train"])
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
-    tell(console, *building.describe_precision(accelerator, four_bits=config.model.load_in_4bit))
+    tell(console, *building.describe_precision(config, accelerator))
     recovered = recover(
         config, data, batching, resumed=checkpoint is not None, accelerator=accelerator, console=console
     )
     tell(console, *building.distribute(config, model, accelerator))
-    steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
-    schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)
     score = scorer(config, data, trainee, console)
     baselines = score_baselines(task, data.rows, features)
-    check_headline(schedule, data, score, console)
+    if checkpoint is None:
+        check_headline(schedule, data, score)
     hashes = fingerprints(config, data.sources, accelerator)
     manifest = runs.manifest(
         config,
@@ -147,39 +150,47 @@ def scorer(config: RunConfig, data: Prepared, trainee: Trainee, console: Console
         return evaluate_split(
             data.task,
             trainee.bare_model,
-            data.rows[split],
-            data.features[split],
+            Split(data.rows[split], data.features[split]),
             accelerator=trainee.accelerator,
             batch_size=config.train.per_device_eval_batch_size,
             tick=progress_lines(console, split),
-            final=final,
+            intervals=final,
+            as_saved=final,
         )
 
     return score
 
 
-def check_headline(schedule: Schedule, data: Prepared, score: Score, console: Console) -> None:
-    """Score the untrained model if another metric than usual is asked for, so that a wrong name is not found out late.
+def check_schedule(schedule: Schedule, data: Prepared, console: Console) -> None:
+    """Refuse to choose by what can not be chosen by; say it where nothing is evaluated.
 
     Raises:
-        UserError: The task has no such metric, or there is nothing to stop early by.
+        UserError: The metric has no better side, or there is nothing to stop early by.
     """
-    headline, usual = schedule.headline, data.task.headline
-    if headline in NOT_A_SCORE:
+    if schedule.headline in NOT_A_SCORE:
         raise UserError(
-            f"{headline!r} is not better when greater, nor when less",
+            f"{schedule.headline!r} is not better when greater, nor when less",
             where="train.metric_for_best_model",
-            expected=f"such as {usual}",
+            expected=f"such as {data.task.headline}",
         )
     if "validation" not in data.rows:
         if schedule.patience is not None:
             raise UserError("no validation data", where="train.early_stopping_patience", expected="data.validation")
         tell(console, "no validation data: nothing is evaluated in training, and the last model is the result")
+
+
+def check_headline(schedule: Schedule, data: Prepared, score: Score) -> None:
+    """Score the untrained model if another metric than usual is asked for, so that a wrong name is not found out late.
+
+    Raises:
+        UserError: The task has no such metric.
+    """
+    if "validation" not in data.rows or schedule.headline == data.task.headline:
         return
     # On all of it: two rows rarely hold every class.
-    if headline != usual and headline not in (metrics := score("validation")):
+    if schedule.headline not in (metrics := score("validation")):
         raise UserError(
-            f"no metric {headline!r}",
+            f"no metric {schedule.headline!r}",
             where="train.metric_for_best_model",
             expected=f"one of: {', '.join(metrics)}",
         )
@@ -266,9 +277,7 @@ def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset,
     """The trained model as transformers made it. A sharded one is made anew, in this process's own memory."""
     task = trainee.task
     if is_sharded(trainee.model):
-        anew = building.adapt(
-            config, building.load_base(config, task), features, padding=task.tokenizer.pad_token_id or 0
-        )
+        anew = building.adapt(config, task, building.load_base(config, task), features)
         checkpoints.load_model(best, anew)
         return anew
     model: nn.Module = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)

@@ -53,7 +53,7 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     batching = building.build_batching(config, accelerator)
     data = prepare(config, accelerator, console)
     features, task, loaded = data.features["train"], data.task, data.loaded
-    model = building.adapt(config, loaded, features, padding=task.tokenizer.pad_token_id or 0)
+    model = building.adapt(config, task, loaded, features)
     description = "\n".join([building.describe_model(loaded, model), *building.distribute(config, model, accelerator)])
     lengths = np.asarray(features["length"])
     schedule = building.build_schedule(config, task, batching.steps_per_epoch(len(lengths)), validated=False)
@@ -61,7 +61,7 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     first = epoch_batches(lengths, batching, epoch=0)[0]
     share = rank_share(first, lengths, rank=trainee.share[0], world_size=trainee.share[1])
     micro = [task.collate(examples(features, part)) for part in micro_batches(share, lengths, batching)]
-    at_once = max(len(batch["row"]) for batch in micro)
+    at_once = max((len(batch["row"]) for batch in micro), default=1)
     longest = task.collate(examples(features, np.argsort(-lengths, kind="stable")[:at_once]))
     footprint = measure(trainee, longest, micro, features)
     found = Plan(

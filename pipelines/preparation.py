@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from heedful import UserError
 from hub.client import cached_instead, go_offline
 from pipelines import building
 from pipelines.report import learned_tokens
+from pipelines.scoring import check_answers
 from pipelines.sections import DataSection, ModelSection, RunConfig
 from sources.assets import ensure, record
 from sources.audit import Audit, audit, check, summary
@@ -47,6 +49,9 @@ def supports_bf16(device: torch.device) -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
+
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for what the main one does alone: an export, intervals, hashes. NCCL gives up in 10 minutes."""
 
 OTHER_LOOPS = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # by which accelerate divides gradients, beside the loop's own count
@@ -78,7 +83,8 @@ def build_accelerator(*, bf16: bool | str) -> Accelerator:
             fix=f"unset {' '.join(asked)}; use --nproc, or torchrun",
         )
     cpu = not torch.accelerator.is_available()  # accelerate joins several processes on a CPU only if told so
-    on = supports_bf16(PartialState(cpu=cpu).device) if bf16 == "auto" else bf16
+    device = PartialState(cpu=cpu, timeout=PATIENCE).device
+    on = supports_bf16(device) if bf16 == "auto" else bf16
     # No model here changes its buffers in training, and one of them is as large as the word embeddings (UsedRows).
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if on else "no", kwargs_handlers=[parallel])
@@ -168,15 +174,19 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         raise
     for split in rows:
         task.check(rows[split], where=sources[split])
+        if split != "train":
+            check_answers(task, rows[split], where=sources[split])
     loaded = building.load_base(config, task)
     for name in (config.model.name, config.model.tokenizer):
         say_unread(name or "", console, trust_remote_code=config.model.trust_remote_code)
     features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
+    losses = {split: task.account(features[split], rows[split]) for split in rows}
+    _require_learned(losses, sources)
     audited = audit(
         rows,
         columns=TASKS[config.task].columns,
         lengths={split: features[split]["length"] for split in rows},
-        losses={split: task.account(features[split], rows[split]) for split in rows},
+        losses=losses,
     )
     tell(console, *summary(audited))
     if config.data.streaming:
@@ -190,6 +200,17 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         console.print(shown)
     check(audited, building.audit_limits(config))
     return Prepared(task, loaded, sources, rows, features, assets, audited)
+
+
+def _require_learned(losses: Mapping[str, Mapping[str, int]], sources: Mapping[str, str]) -> None:
+    for split, counts in losses.items():
+        if counts.get("learned_tokens") == 0:
+            raise UserError(
+                "no token carries loss",
+                where=sources[split],
+                expected="completions, or answers of the assistant, that are not empty",
+                fix="raise model.max_length, or look at the data",
+            )
 
 
 def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console: Console) -> list[dict[str, Any]]:
@@ -298,8 +319,9 @@ def stream_blocks(config: RunConfig, task: Task, source: str, batching: Batching
     while True:
         began = start
         for rows in read_stream(config, source, start=start.row):
-            _check_later(task, rows, where=f"{source}, rows from {start.row} on")
-            if features := _encoded(task, rows, training=True):
+            where = f"{source}, rows from {start.row} on"
+            _check_later(task, rows, where=where)
+            if features := _encoded(task, rows, training=True, where=where):
                 yield Block(start, features, epoch_share=0.0)
                 steps = batching.steps_per_epoch(len(features))
                 start = replace(start, number=start.number + 1, first_step=start.first_step + steps)
@@ -332,22 +354,22 @@ def encode(task: Task, rows: datasets.Dataset, *, training: bool, where: str) ->
     Raises:
         UserError: Rows that the task can not encode; nothing is left to learn from or to score.
     """
-    try:
-        features = _encoded(task, rows, training=training)
-    except UserError as error:  # a task knows its rows, and not where they are
-        error.where = f"{where}, {error.where}"
-        raise
+    features = _encoded(task, rows, training=training, where=where)
     if not len(features):
         raise UserError("no features: every row is empty after tokenization", where=where)
     return features
 
 
-def _encoded(task: Task, rows: datasets.Dataset, *, training: bool) -> datasets.Dataset:
+def _encoded(task: Task, rows: datasets.Dataset, *, training: bool, where: str) -> datasets.Dataset:
     """Not by ``Dataset.map``: it casts a feature to the type of the row's column of the same name, ids to strings."""
-    parts = [
-        datasets.Dataset.from_dict(task.encode(rows[start : start + ENCODE_BATCH], training=training))
-        for start in range(0, len(rows), ENCODE_BATCH)
-    ]
+    try:
+        parts = [
+            datasets.Dataset.from_dict(task.encode(rows[start : start + ENCODE_BATCH], training=training))
+            for start in range(0, len(rows), ENCODE_BATCH)
+        ]
+    except UserError as error:  # a task knows its rows, and not where they are
+        error.where = f"{where}, {error.where}" if error.where else where
+        raise
     return datasets.concatenate_datasets([part for part in parts if len(part)] or parts[:1])
 
 

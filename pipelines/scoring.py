@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from tasks.baselines import Split
 from tasks.protocol import Output, Task
 from tasks.uncertainty import bootstrap
 from training.evaluation import Tick, predict, untold
@@ -17,26 +18,37 @@ from training.evaluation import Tick, predict, untold
 def evaluate_split(
     task: Task,
     model: nn.Module,
-    rows: datasets.Dataset,
-    features: datasets.Dataset,
+    split: Split,
     *,
     accelerator: Accelerator,
     batch_size: int,
     tick: Tick = untold,
-    final: bool = False,
+    intervals: bool = False,
+    as_saved: bool = False,
 ) -> dict[str, Any]:
     """The metrics of one split, the same on every rank.
 
     Args:
-        final: Of the model as it is saved, its adapter merged, with ``<metric>_ci95`` by the bootstrap over rows.
+        intervals: Add ``<metric>_ci95`` by the bootstrap over rows.
+        as_saved: Merge an adapter meanwhile, as the saved model will have it.
     """
     predictions = predict(
-        task, model, features, accelerator=accelerator, batch_size=batch_size, tick=tick, as_saved=final
+        task, model, split.features, accelerator=accelerator, batch_size=batch_size, tick=tick, as_saved=as_saved
     )
     result: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
-        result = [_score(task, task.decode(predictions, rows), rows, intervals=final)]
+        result = [_score(task, task.decode(predictions, split.rows), split.rows, intervals=intervals)]
     return broadcast_object_list(result)[0]  # type: ignore[no-any-return]
+
+
+def check_answers(task: Task, rows: datasets.Dataset, *, where: str) -> None:
+    """Refuse rows without what figures are made by, before hours are spent on them. Most tasks have always checked.
+
+    Raises:
+        UserError: There is nothing to compare the model's answers with.
+    """
+    if check := getattr(task, "check_answers", None):
+        check(rows, where=where)
 
 
 def scored_by(task: Task) -> str:

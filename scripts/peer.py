@@ -31,6 +31,7 @@ from pipelines.preparation import build_accelerator, encode, read_splits, split_
 from pipelines.scoring import evaluate_split
 from pipelines.sections import RunConfig
 from sources.assets import ensure
+from tasks.baselines import Split
 from tasks.protocol import Task
 from training.batches import epochs
 from training.embeddings import restore_embeddings
@@ -124,8 +125,7 @@ def train_heedful(parts: Parts, watch: Stopwatch) -> nn.Module:
     config, total = parts.config, parts.total_steps
     accelerator = build_accelerator(bf16=config.train.bf16)
     be_deterministic(config.seed)
-    padding = parts.task.tokenizer.pad_token_id or 0
-    model = building.adapt(config, parts.loaded, parts.features["train"], padding=padding)
+    model = building.adapt(config, parts.task, parts.loaded, parts.features["train"])
     trainee = building.build_trainee(config, parts.task, model, accelerator, total_steps=total)
     schedule = Schedule(total, parts.task.headline, eval_every=None, save_every=None, keep=1)
     batching = building.build_batching(config, accelerator)
@@ -221,8 +221,7 @@ def score(parts: Parts, model: nn.Module) -> dict[str, float]:
         return evaluate_split(
             parts.task,
             model.to(accelerator.device),
-            parts.rows["test"],
-            parts.features["test"],
+            Split(parts.rows["test"], parts.features["test"]),
             accelerator=accelerator,
             batch_size=parts.config.train.per_device_eval_batch_size,
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from heedful import UserError
 from tasks.batching import IGNORED, pad_batch
 from tasks.decoding import generate, pad_left, padding_id
+from tasks.evaluating import in_eval_mode
 from tasks.lm_loss import next_tokens, summed_loss
 from tasks.options import DecodingOptions
 from tasks.protocol import Batch
@@ -76,10 +77,8 @@ def check_causal(model: nn.Module) -> None:
 @torch.no_grad()
 def _looks_ahead(model: nn.Module) -> bool:
     """Whether logits change with a later token."""
-    was_training = model.training
-    model.eval()
     ids_BT = torch.arange(2, 8, device=next(model.parameters()).device).repeat(2, 1)
     ids_BT[1, -1] = 1
-    one, other = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-    model.train(was_training)
+    with in_eval_mode(model):
+        one, other = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
     return not torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))

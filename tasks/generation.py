@@ -121,6 +121,22 @@ class Generation:
             if "messages" in row:
                 _check_chat(row["messages"], where=f"{where}, row {i}")
 
+    def check_answers(self, rows: Rows, *, where: str) -> None:
+        """Refuse prompts to score that have no answers; ``predict`` takes them.
+
+        Raises:
+            UserError: Naming the first such row.
+        """
+        if self.form == "text" or (self.form == "completion" and "completion" in rows[0]):
+            return
+        for i, row in enumerate(rows):
+            if row.get("messages", [{"role": "user"}])[-1]["role"] != "assistant":
+                raise UserError(
+                    "a prompt without an answer to compare with",
+                    where=f"{where}, row {i}",
+                    expected="completions, or chats that end with the assistant's answer",
+                )
+
     def sequences(self) -> list[dict[str, int]]:
         """A text, which is only read, or a prompt with its answer."""
         answer = {"generation.decoding.max_new_tokens": self.options.decoding.max_new_tokens}
@@ -151,7 +167,7 @@ class Generation:
         """Tokenize; one feature a row, a window, or in training a block of packed texts.
 
         Raises:
-            UserError: No token of these rows carries loss.
+            UserError: A prompt that is empty, or in training one without an answer.
         """
         if "text" in rows:
             windows = self._windows(rows)
@@ -165,12 +181,6 @@ class Generation:
                     expected="a completion, or a chat that ends with the assistant's answer",
                     fix="leave these rows out, or the turns after the last answer",
                 )
-        if training and not any(label != IGNORED for feature in features for label in feature["labels"][1:]):
-            raise UserError(
-                f"no token of rows {rows['row'][0]} to {rows['row'][-1]} carries loss",
-                expected="completions, or answers of the assistant, that are not empty",
-                fix="raise model.max_length, or look at the data",
-            )
         return {name: [feature[name] for feature in features] for name in features[0]}
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
@@ -242,15 +252,12 @@ class Generation:
 
     def _references(self, rows: Rows) -> list[str]:
         """What the answers are compared with: as the template writes them, where there is one."""
-        if self.form == "completion" and "completion" in rows[0]:
+        self.check_answers(rows, where="the rows to score")
+        if self.form == "completion":
             return [row["completion"].strip() for row in rows]
-        if self.form == "chat" and all(row.get("messages", [{"role": ""}])[-1]["role"] == "assistant" for row in rows):
-            learned = [self._row_pieces(row)[-1].text for row in rows]
-            ids = self.tokenizer(learned, add_special_tokens=False)["input_ids"]
-            return to_texts(self.tokenizer, [np.array(row) for row in ids])
-        raise UserError(
-            "prompts without answers", expected="completions, or chats that end with the assistant's answer"
-        )
+        learned = [self._row_pieces(row)[-1].text for row in rows]
+        ids = self.tokenizer(learned, add_special_tokens=False)["input_ids"]
+        return to_texts(self.tokenizer, [np.array(row) for row in ids])
 
     def _windows(self, rows: Columns) -> Iterator[dict[str, Any]]:
         start, end = start_ids(self.tokenizer), self.tokenizer.eos_token_id

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from heedful import UserError
 from sources.texts import counted
 from tasks.batching import IGNORED
+from tasks.evaluating import in_eval_mode
 from tasks.protocol import Batch, Output
 
 CHUNK = 2**24
@@ -130,19 +131,17 @@ def _is_plain(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> b
 
 @torch.no_grad()
 def _try_out(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bool:
-    was_training = model.training
-    model.eval()
     try:
-        logits = model(**inputs).logits
-        with _left_out(model, head) as cap:
-            hidden = model(**inputs).logits
+        with in_eval_mode(model):
+            logits = model(**inputs).logits
+            with _left_out(model, head) as cap:
+                hidden = model(**inputs).logits
         return hidden.shape[-1] == head.weight.shape[1] and torch.equal(_capped(head(hidden), cap), logits)
     except RuntimeError:  # shapes that no longer fit: a bias of the size of the vocabulary, say
         if isinstance(model, FSDPModule):
             model.reset_iter_state()
         return False
     finally:
-        model.train(was_training)
         # Or the first update takes the weights that were cast here: gradients of tied ones would add up in another
         # order than in later updates, and a resumed run, which begins with such an update, would differ in a last bit.
         torch.clear_autocast_cache()

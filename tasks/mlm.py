@@ -189,11 +189,11 @@ class Mlm:
         if not self.options.whole_word_mask:
             positions = np.flatnonzero(word_T != NO_WORD)
             return np.isin(np.arange(len(word_T)), rng.choice(positions, budget, replace=False))
-        order = rng.permutation(np.unique(words))
-        sizes = np.array([(words == word).sum() for word in order])
+        names, sizes = np.unique(words, return_counts=True)
+        order = rng.permutation(len(names))
         # The words that fit into the budget, and the first in any case.
-        kept = order[(np.cumsum(sizes) <= budget) | (np.arange(len(order)) == 0)]
-        return np.isin(word_T, kept)
+        fits = (np.cumsum(sizes[order]) <= budget) | (np.arange(len(order)) == 0)
+        return np.isin(word_T, names[order[fits]])
 
 
 def _numbered(rows: Sequence[int]) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tasks.batching import IGNORED
+from tasks.evaluating import in_eval_mode
 
 
 def pack(windows: Iterator[dict[str, Any]], max_length: int) -> Iterator[dict[str, Any]]:
@@ -46,13 +47,11 @@ def keeps_apart(model: nn.Module, max_length: int) -> bool:
     Tried at full length: an attention that goes by blocks of the whole example is right on a few tokens, and wrong on
     many.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     half = max_length // 2
     first, second = torch.split(torch.arange(max_length, device=device) % 7 + 2, [max_length - half, half])
     positions = torch.cat([torch.arange(len(text), device=device) for text in (first, second)])
-    packed = model(input_ids=torch.cat([first, second])[None], position_ids=positions[None], use_cache=False).logits
-    alone = model(input_ids=second[None], use_cache=False).logits
-    model.train(was_training)
+    with in_eval_mode(model):
+        packed = model(input_ids=torch.cat([first, second])[None], position_ids=positions[None], use_cache=False).logits
+        alone = model(input_ids=second[None], use_cache=False).logits
     return torch.allclose(packed[:, len(first) :], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))

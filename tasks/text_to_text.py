@@ -105,6 +105,8 @@ class TextToText:
             _suggest_prefix(model_config, options)
             return cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
         require_fast(tokenizer)
+        if tokenizer.eos_token is None:
+            raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends an answer")
         logger.info("a decoder-only model: each source is put as %r", options.prompt_template)
         task = cls(tokenizer, max_length, None, options)
         if task._source_room() < 1:

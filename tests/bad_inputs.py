@@ -228,7 +228,7 @@ DATA = {
         "a.jsonl", [{"messages": [{"role": "user"}]}], ["line 1", "messages"], "generation", "model.name=./llama"
     ),
     "texts of which no token can be learned": data(
-        "a.jsonl", [{"text": ""}], ["a.jsonl", "rows 0 to 0 carries loss"], "generation", "model.name=./llama"
+        "a.jsonl", [{"text": ""}], ["a.jsonl", "no token carries loss"], "generation", "model.name=./llama"
     ),
     "no such file": Bad(["trian.csv", "train.csv?"], given=["data.train=trian.csv"]),
     "a name that is too long for a file": Bad(["no such file"], given=[f"data.train={'x' * 300}.csv"]),

@@ -117,7 +117,7 @@ def attempt(folder, task_name, out, *, lora):
     task = building.build_task(config, rows)
     features = datasets.Dataset.from_dict(task.encode(rows[:], training=True))
     loaded = building.load_base(config, task)
-    model = building.adapt(config, loaded, features, padding=task.tokenizer.pad_token_id)
+    model = building.adapt(config, task, loaded, features)
     before = {name: parameter.detach().clone() for name, parameter in parameters(model)}
     wanted = {name for name, parameter in parameters(model) if parameter.requires_grad}
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=2)

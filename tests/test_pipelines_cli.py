@@ -450,6 +450,28 @@ def test_without_validation_the_last_model_is_kept_and_it_is_said(project, cli_r
     assert json.loads(Path("runs/run/metrics.json").read_text()) == {}
 
 
+@pytest.mark.fault("test rows without the answers that figures are made by", "refused before anything is trained")
+def test_a_split_that_can_not_be_scored_is_found_before_training(project, cli_run):
+    save_body("llama", "model")
+    write_config(task="generation", train="train.jsonl", validation=None)
+    Path("train.jsonl").write_text('{"prompt": "the cat", "completion": " sat"}\n' * 4)
+    Path("asked.jsonl").write_text('{"prompt": "the dog"}\n')
+    code, _, log = cli_run("finetune", "run.yaml", "data.test=asked.jsonl")
+    assert (code, "asked.jsonl, row 0" in log, Path("runs").exists()) == (2, True, False), log
+    assert cli_run("finetune", "run.yaml")[0] == 0
+    code, _, log = cli_run("evaluate", "runs/run", "data.test=asked.jsonl")
+    assert (code, "without an answer to compare with" in log) == (2, True), log
+
+
+def test_what_can_be_learned_from_does_not_go_by_where_a_thousand_rows_end(project, cli_run):
+    save_body("llama", "model")
+    write_config(task="generation", train="train.jsonl", validation=None)
+    texts = ["the cat sat"] * 1000 + [""]
+    Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    code, _, log = cli_run("finetune", "run.yaml")
+    assert code == 0, log
+
+
 SCRATCH = [
     "model.init=scratch",
     "model.name=null",

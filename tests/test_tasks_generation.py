@@ -316,7 +316,7 @@ def test_a_chat_that_ends_with_a_question_is_refused_in_training_and_answered_in
         task.encode(asked[:], training=True)
     (example,) = encoded(task, asked, training=False)
     assert example["prompt_length"] == len(example["input_ids"])
-    with pytest.raises(UserError, match="prompts without answers"):
+    with pytest.raises(UserError, match="without an answer to compare with"):
         task.score([{"generated": "a", "nll": 1.0, "tokens": 1}], asked)
 
 

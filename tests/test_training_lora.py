@@ -20,9 +20,9 @@ from attention.options import Plan
 from attention.seam import variant_parameters
 from heedful import UserError
 from training.batches import examples
-from training.export import _answers, export
+from training.export import _answers, _difference, export
 from training.loop import Trainee, run_update
-from training.lora import add_lora, block_linears, merged, open_adapter, owners, save_adapter
+from training.lora import adapter_merged, add_lora, block_linears, open_adapter, owners, save_adapter
 from training.models import load_model, pretrained_hash
 from training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
@@ -115,7 +115,7 @@ def test_an_adapter_is_merged_for_a_while_as_it_will_be_for_good(variant, bodies
     before = snapshot(model)
     with torch.autocast("cpu", torch.bfloat16):
         beside = _answers(model, probe)
-        with merged(model):
+        with adapter_merged(model):
             within = _answers(model, probe)
         assert changed(before, model) == set()
         assert all(map(torch.equal, _answers(model, probe), beside))
@@ -141,6 +141,14 @@ def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
             base_hash=hash_of(task, base),
         )
     assert not (tmp_path / "model").exists()
+
+
+def test_no_difference_hides_behind_another():
+    """Python's max takes the first of a number and a NaN."""
+    number, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert np.isnan(_difference([number, number], [number, nan]))
+    assert np.isnan(_difference([number, number], [nan, number]))
+    assert _difference([number, 2 * number], [number, 3 * number]) == 0.5
 
 
 @pytest.mark.fault("an adapter on another base of the same shapes", "refused by the base's sha256")

@@ -102,6 +102,8 @@ def answers(trainee, rows, features):
 def merging(case):
     """How far the answers with the adapter merged are from those with it beside, and whether any weight was moved."""
     trainee, _, features = make_case(case, sharded=True)
+    # A batch for one rank alone, before any update: both must find out with it what they find out once a process.
+    predict(trainee.task, trainee.model, features, accelerator=trainee.accelerator, batch_size=len(features))
     run_update(trainee, micro_batches_of(trainee, features, step=0, micro_batch_size=1), features, step=0)
     before = flat(trainee.bare_model)
     beside, within = (

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 
+from tasks.evaluating import in_eval_mode
 from tasks.protocol import Prediction, Task
 from training.batches import Indices, examples
-from training.lora import merged
+from training.lora import adapter_merged
 from training.sharding import whole
 
 Tick = Callable[[int, int], None]
@@ -42,7 +43,7 @@ def predict(
     """Predict every feature; on every rank the whole list, in the order of the features.
 
     Args:
-        batch_size: Features in one forward pass. Ranks beyond the number of batches have nothing to do.
+        batch_size: Features in one forward pass. Ranks beyond the number of batches make the first one again.
         tick: Called after each batch, to show progress.
         as_saved: Merge an adapter meanwhile, as the saved model will have it.
     """
@@ -50,16 +51,15 @@ def predict(
     order = np.argsort(-lengths, kind="stable")  # batches of like length: little padding, and the largest comes first
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     # Dealt whole: cut anew on each rank, they would be padded otherwise, and figures would go by the number of ranks.
-    own = batches[accelerator.process_index :: accelerator.num_processes]
+    # A rank without one makes the first too: what is found out with a process's first batch (tasks.lm_loss) must be on
+    # all of them, or ranks that share a model would fall out of step later.
+    own = batches[accelerator.process_index :: accelerator.num_processes] or batches[:1]
     total = sum(map(len, own))
-    was_training = model.training
-    model.eval()
     answers: list[tuple[int, Prediction]] = []
-    with whole(model), merged(model) if as_saved else nullcontext():
+    with in_eval_mode(model), whole(model), adapter_merged(model) if as_saved else nullcontext():
         for indices in own:
             answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
             tick(len(answers), total)
-    model.train(was_training)
     gathered = dict(gather_object(answers)) if accelerator.num_processes > 1 else dict(answers)
     if sorted(gathered) != list(range(len(lengths))):
         raise RuntimeError(f"evaluation covered {len(gathered)} of {len(lengths)} features")

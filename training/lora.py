@@ -135,24 +135,27 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PeftMode
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def adapter_merged(model: nn.Module) -> Iterator[None]:
     """Within, an adapter is in its base's weights, as ``model/`` will hold it: bf16 rounds their sum once more.
 
-    Takes as much memory again as the layers that are adapted. Weights in 4 bits can not hold the sum, and stay.
+    Takes as much memory again as the layers that are adapted. Where some are held in 4 bits, which have no room for the
+    sum, all stay as they are.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    bases = [layer.get_base_layer() for layer in layers]
-    if not all(base.weight.is_floating_point() for base in bases):
-        layers = bases = []
-    before = [base.weight.data for base in bases]
-    for layer in layers:
-        layer.merge(safe_merge=True)  # into a new tensor: what PEFT would take out again is not what was there before
+    weights = [layer.get_base_layer().weight for layer in layers]
+    if not all(weight.is_floating_point() for weight in weights):
+        yield
+        return
+    before = [weight.data for weight in weights]
     try:
+        for layer in layers:
+            layer.merge(safe_merge=True)  # into a new tensor, since PEFT takes out again not quite what it put in
         yield
     finally:
-        for layer, base, weight in zip(layers, bases, before, strict=True):
-            layer.unmerge()
-            base.weight.data = weight
+        for layer, weight, data in zip(layers, weights, before, strict=True):
+            if layer.merged:
+                layer.unmerge()
+            weight.data = data
 
 
 def _refuse_absent(model: PreTrainedModel, targets: Sequence[str]) -> None:

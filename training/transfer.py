@@ -40,6 +40,7 @@ from attention.variant import Site
 from heedful import NonFiniteLossError, UserError
 from tasks import causal
 from tasks.batching import IGNORED, model_inputs
+from tasks.evaluating import in_eval_mode
 from tasks.protocol import Batch, Task
 from training.batches import Batching, epochs, examples, micro_batches, rank_share
 from training.evaluation import Tick
@@ -135,15 +136,14 @@ def agreement(pupil: Pupil, task: Task, features: Any, accelerator: Accelerator,
     """Measure it on every feature, in fp32, shared among the ranks; the same result on every rank."""
     names = [*pupil.halves, *map(str, pupil.places)]
     sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=accelerator.device)
-    lengths, was_training = np.asarray(features["length"]), pupil.model.training
+    lengths = np.asarray(features["length"])
     whole = np.arange(len(lengths))
     share = rank_share(whole, lengths, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    pupil.model.eval()
-    for part in micro_batches(share, lengths, batching) if len(share) else []:
-        batch = send_to_device(task.collate(examples(features, part)), accelerator.device)
-        for name, *pair in _compared(pupil, batch):
-            sums_N2[names.index(name)] += torch.stack(pair).double()
-    pupil.model.train(was_training)
+    with in_eval_mode(pupil.model):
+        for part in micro_batches(share, lengths, batching) if len(share) else []:
+            batch = send_to_device(task.collate(examples(features, part)), accelerator.device)
+            for name, *pair in _compared(pupil, batch):
+                sums_N2[names.index(name)] += torch.stack(pair).double()
     (upper_N, lower_N) = cast(Tensor, accelerator.reduce(sums_N2, "sum")).unbind(-1)
     ratio = dict(zip(names, (upper_N / lower_N.clamp(min=torch.finfo(torch.float64).tiny)).tolist(), strict=True))
     return Agreement(
