@@ -199,8 +199,6 @@ def describe_precision(config: RunConfig, accelerator: Accelerator) -> list[str]
     lines = [f"computed in {accelerator.mixed_precision}; train.bf16=false computes in fp32"]
     if config.model.load_in_4bit:
         lines.append("scored in 4 bits with the adapter beside them: merged, as in model/, bf16 rounds otherwise")
-    if config.distributed == "fsdp2" and accelerator.num_processes > 1:
-        lines.append("scored with all weights in bf16, as the processes share them; model/ holds them in fp32")
     return lines
 
 

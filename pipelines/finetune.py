@@ -46,6 +46,7 @@ from training.checkpoints import Position
 from training.embeddings import restore_embeddings
 from training.export import export
 from training.loop import Schedule, Trainee, train
+from training.lora import adapter_merged
 from training.sharding import is_sharded
 from training.tracking import Tracker, open_sinks, require_installed, truncate_history
 
@@ -56,8 +57,8 @@ NOT_A_SCORE = ("best_f1_thresh",)
 class Score(Protocol):
     """Metrics of a split."""
 
-    def __call__(self, split: str, *, final: bool = False) -> dict[str, Any]:
-        """Score; ``final`` is that of the model as it is saved, with intervals of confidence."""
+    def __call__(self, split: str, *, final: nn.Module | None = None) -> dict[str, Any]:
+        """Score the model as it is then, or ``final``, which is to be saved, with intervals of confidence."""
         ...
 
 
@@ -83,8 +84,9 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     checkpoint = runs.find_checkpoint(run, config, say=partial(tell, console))
     data = prepare(config, accelerator, console)
     task, loaded, features = data.task, data.loaded, data.features
-    steps_per_epoch = batching.steps_per_epoch(len(features["train"]))
-    schedule = building.build_schedule(config, task, steps_per_epoch, validated="validation" in features)
+    schedule = building.build_schedule(
+        config, task, batching.steps_per_epoch(len(features["train"])), validated="validation" in features
+    )
     check_schedule(schedule, data, console)
     model = building.adapt(config, task, loaded, features["train"])
     tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
@@ -134,9 +136,11 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     tracker.close()
     best = run.checkpoints / f"step-{position.best_step or position.step}"
     checkpoints.load_model(best, trainee.bare_model)
-    metrics = {split: score(split, final=True) for split in features if split != "train"}
+    model = plain_model(config, trainee, features["train"], best)
+    with adapter_merged(model):  # as model/ will hold it: bf16 rounds the sum of both once more
+        metrics = {split: score(split, final=model) for split in features if split != "train"}
     if accelerator.is_main_process:
-        finish(run, config, data, plain_model(config, trainee, features["train"], best), metrics, console)
+        finish(run, config, data, model, metrics, console)
         columns = data.rows["train"].column_names
         show_end(console, metrics, baselines, folder=str(run.folder), task=task.name, columns=columns)
     accelerator.wait_for_everyone()
@@ -144,18 +148,17 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
 
 
 def scorer(config: RunConfig, data: Prepared, trainee: Trainee, console: Console) -> Score:
-    """What scores the model, as it is then, on a split."""
+    """What scores the model on a split."""
 
-    def score(split: str, *, final: bool = False) -> dict[str, Any]:
+    def score(split: str, *, final: nn.Module | None = None) -> dict[str, Any]:
         return evaluate_split(
             data.task,
-            trainee.bare_model,
+            trainee.bare_model if final is None else final,
             Split(data.rows[split], data.features[split]),
             accelerator=trainee.accelerator,
             batch_size=config.train.per_device_eval_batch_size,
             tick=progress_lines(console, split),
-            intervals=final,
-            as_saved=final,
+            intervals=final is not None,
         )
 
     return score
@@ -274,12 +277,12 @@ def build_tracker(run: Run, config: RunConfig, trainee: Trainee, console: Consol
 
 
 def plain_model(config: RunConfig, trainee: Trainee, features: datasets.Dataset, best: Path) -> nn.Module:
-    """The trained model as transformers made it. A sharded one is made anew, in this process's own memory."""
+    """The trained model as transformers made it. A sharded one is made anew, whole and in fp32, on each rank."""
     task = trainee.task
     if is_sharded(trainee.model):
         anew = building.adapt(config, task, building.load_base(config, task), features)
         checkpoints.load_model(best, anew)
-        return anew
+        return anew.to(trainee.accelerator.device)
     model: nn.Module = trainee.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
     restore_embeddings(model)
     return model

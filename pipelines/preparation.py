@@ -196,7 +196,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
             "train is a stream: labels, their weights, the audit with its limits and the baselines are those of its "
             f"first {first}; the rest is read, checked and shuffled in blocks of as many",
         )
-    if (shown := learned_tokens(task.tokenizer, features["train"][0])) is not None:
+    if (shown := learned_tokens(task.tokenizer, features["train"][0], colours=console.is_terminal)) is not None:
         console.print(shown)
     check(audited, building.audit_limits(config))
     return Prepared(task, loaded, sources, rows, features, assets, audited)

@@ -44,10 +44,11 @@ def metrics_table(metrics: Metrics, baselines: Mapping[str, Metrics] | None = No
     return table
 
 
-def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
+def learned_tokens(tokenizer: Any, feature: Mapping[str, Any], *, colours: bool = True) -> Text | None:
     """A training example as text, with the tokens that carry loss in green and underlined, the others dim.
 
     Args:
+        colours: Whether they can be seen; else what carries loss stands between » and «.
         feature: Of packed texts or of a prompt with its answer; there is nothing to show of any other.
     """
     if "prompt_length" not in feature and "position_ids" not in feature:
@@ -57,7 +58,9 @@ def learned_tokens(tokenizer: Any, feature: Mapping[str, Any]) -> Text | None:
     text = Text("what is learned of the first example: " + "... " * (start > 0))
     pairs = zip(feature["input_ids"][window], feature["labels"][window], strict=True)
     for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        text.append(tokenizer.decode([token for token, _ in run]), style="green underline" if learned else "dim")
+        part = tokenizer.decode([token for token, _ in run])
+        part = f"»{part}«" if learned and not colours else part
+        text.append(part, style="green underline" if learned else "dim")
     if len(feature["labels"]) > window.stop:
         text.append(" ...", style="dim")
     return text

@@ -24,17 +24,13 @@ def evaluate_split(
     batch_size: int,
     tick: Tick = untold,
     intervals: bool = False,
-    as_saved: bool = False,
 ) -> dict[str, Any]:
     """The metrics of one split, the same on every rank.
 
     Args:
         intervals: Add ``<metric>_ci95`` by the bootstrap over rows.
-        as_saved: Merge an adapter meanwhile, as the saved model will have it.
     """
-    predictions = predict(
-        task, model, split.features, accelerator=accelerator, batch_size=batch_size, tick=tick, as_saved=as_saved
-    )
+    predictions = predict(task, model, split.features, accelerator=accelerator, batch_size=batch_size, tick=tick)
     result: list[dict[str, Any]] = [{}]
     if accelerator.is_main_process:
         result = [_score(task, task.decode(predictions, split.rows), split.rows, intervals=intervals)]

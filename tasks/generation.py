@@ -21,7 +21,16 @@ from tasks.metrics import resampling
 from tasks.metrics.loading import load_metric
 from tasks.options import GenerationOptions
 from tasks.packing import keeps_apart, pack
-from tasks.prompts import Piece, answer_end, chat_pieces, completion_pieces, render, start_ids, tokenize_pieces
+from tasks.prompts import (
+    Piece,
+    answer_end,
+    chat_pieces,
+    check_system,
+    completion_pieces,
+    render,
+    start_ids,
+    tokenize_pieces,
+)
 from tasks.protocol import Batch, Columns, Features, Output, Prediction, Resample, Rows
 from tasks.windows import plan_windows
 
@@ -120,6 +129,15 @@ class Generation:
         for i, row in enumerate(rows):
             if "messages" in row:
                 _check_chat(row["messages"], where=f"{where}, row {i}")
+        if any(message["role"] == "system" for row in rows for message in row.get("messages", [])):
+            check_system(self.tokenizer, where=where)
+        if silent := [i for i, row in enumerate(rows) if not _answer(row, "-").strip()]:
+            logger.warning(
+                "! %s: %s with an empty answer, the first of them row %d: to say nothing is learned from them",
+                where,
+                counted(len(silent), "rows"),
+                silent[0],
+            )
 
     def check_answers(self, rows: Rows, *, where: str) -> None:
         """Refuse prompts to score that have no answers; ``predict`` takes them.
@@ -306,10 +324,19 @@ def _form(row: Mapping[str, Any], *, where: str) -> Form:
     )
 
 
+def _answer(row: Mapping[str, Any], none: str) -> str:
+    """The completion, or the assistant's last turn."""
+    turns = [message["content"] for message in row.get("messages", []) if message["role"] == "assistant"]
+    answer: str = row.get("completion", turns[-1] if turns else none)
+    return answer
+
+
 def _check_chat(messages: Sequence[Mapping[str, str]], *, where: str) -> None:
     roles = [message["role"] for message in messages]
     if unknown := sorted(set(roles) - set(ROLES)):
         raise UserError(f"a message of the role {unknown[0]!r}", where=where, expected=f"one of {', '.join(ROLES)}")
+    if roles[:1] == ["assistant"]:
+        raise UserError("a chat that begins with an answer", where=where, expected="a question, of the user, before it")
     if not roles or roles[-1] not in ("user", "assistant"):
         raise UserError("a chat without an answer", where=where, expected="messages that end with the assistant's")
 

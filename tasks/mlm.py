@@ -164,8 +164,9 @@ class Mlm:
         return resampling.perplexity(*scored(outputs))
 
     def account(self, features: Columns, rows: Rows) -> dict[str, int]:
-        """Count ``features`` and ``tokens``; nothing is cut off."""
-        return {"features": len(features["length"]), "tokens": sum(features["length"])}
+        """Count ``features``, ``tokens`` and the ``learned_tokens``, those that may be masked; nothing is cut off."""
+        learned = sum(word != NO_WORD for words in features["word"] for word in words)
+        return {"features": len(features["length"]), "tokens": sum(features["length"]), "learned_tokens": learned}
 
     def _masked(self, example: Mapping[str, Any]) -> dict[str, Any]:
         ids_T, word_T = np.array(example["input_ids"]), np.array(example["word"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -40,6 +40,14 @@ class DecodingOptions(Options):
     repetition_penalty: float = Field(default=1.0, gt=0)
     no_repeat_ngram_size: int = Field(default=0, ge=0)
     min_new_tokens: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}")
+        if self.length_penalty != 1.0 and self.num_beams == 1:
+            raise ValueError("length_penalty has no effect without num_beams")
+        return self
 
 
 class GenerationOptions(Options):

@@ -80,6 +80,23 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
     return token
 
 
+def check_system(tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
+    """Refuse a template that leaves out what the system says, as some do without a word.
+
+    Raises:
+        UserError: It does, or it knows no such role.
+    """
+    said = "what the system says"
+    text = render(tokenizer, [{"role": "system", "content": said}, {"role": "user", "content": "a"}], answer_next=True)
+    if said not in text:
+        raise UserError(
+            "a chat template that leaves out the system's turns",
+            where=where,
+            expected="chats of the roles that it writes",
+            fix="put these turns into the user's, or mend tokenizer.chat_template",
+        )
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> str:
     """The chat as text; with ``answer_next`` up to where the answer begins."""
     try:

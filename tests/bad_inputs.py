@@ -227,6 +227,9 @@ DATA = {
     "a message without its content": data(
         "a.jsonl", [{"messages": [{"role": "user"}]}], ["line 1", "messages"], "generation", "model.name=./llama"
     ),
+    "texts of which no token can be masked": data(
+        "a.jsonl", [{"text": " "}], ["a.jsonl", "no token carries loss"], "mlm"
+    ),
     "texts of which no token can be learned": data(
         "a.jsonl", [{"text": ""}], ["a.jsonl", "no token carries loss"], "generation", "model.name=./llama"
     ),

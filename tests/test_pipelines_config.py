@@ -212,6 +212,14 @@ def test_exponents_without_a_point_are_numbers(write):
 
 
 @pytest.mark.parametrize(
+    ("setting", "said"),
+    [("length_penalty=2", "no effect without num_beams"), ("min_new_tokens=65", "exceeds max_new_tokens=64")],
+)
+def test_decoding_that_can_not_be_done_is_refused(setting, said, write):
+    assert said in refusal(write("task: generation\nmodel: {name: m}\n"), f"generation.decoding.{setting}")
+
+
+@pytest.mark.parametrize(
     ("task", "override"),
     [
         ("ner", "seed=true"),

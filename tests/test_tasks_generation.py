@@ -1,5 +1,6 @@
 """Causal language modelling: every token learned once, from its own text alone, and only the answers of a prompt."""
 
+import re
 from dataclasses import replace
 
 import datasets
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from heedful import UserError
 from pipelines.report import learned_tokens
-from tasks.generation import Generation
+from tasks.generation import Generation, logger
 from tasks.options import GenerationOptions
 from tasks.positions import check_lengths
 from tasks.prompts import answer_end
@@ -147,6 +148,10 @@ def test_the_preview_shows_what_is_learned_in_green(columns, tokenizer):
     learned = [is_learned for text, is_learned in texts for _ in text]
     assert green == {len(before) + i for i, is_learned in enumerate(learned) if is_learned}
     assert 0 < len(green) < len(after)
+    marked = learned_tokens(tokenizer, feature, colours=False).plain
+    assert "".join(re.findall("»(.*?)«", marked, re.DOTALL)) == "".join(
+        text for text, is_learned in texts if is_learned
+    )
 
 
 def test_the_end_is_learned_though_it_is_the_padding_too(tokenizer):
@@ -297,6 +302,7 @@ def test_faults_of_rows_are_named(tokenizer):
     for messages, message in (
         (bad, r"row 0(.|\n)*'wizard'"),
         ([{"role": "system", "content": "a"}], r"without an ans"),
+        (CHAT[1:], r"row 0(.|\n)*begins with an answer"),
     ):
         with pytest.raises(UserError, match=message):
             build(tokenizer, table(messages=[CHAT])).check(table(messages=[messages]), where="data.train")
@@ -318,6 +324,36 @@ def test_a_chat_that_ends_with_a_question_is_refused_in_training_and_answered_in
     assert example["prompt_length"] == len(example["input_ids"])
     with pytest.raises(UserError, match="without an answer to compare with"):
         task.score([{"generated": "a", "nll": 1.0, "tokens": 1}], asked)
+
+
+def test_a_template_that_leaves_out_the_system_is_refused_where_there_is_one():
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+    )
+    task = build(tokenizer, table(messages=[CHAT]))
+    task.check(table(messages=[CHAT]), where="a.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl(.|\n)*leaves out the system"):
+        task.check(table(messages=[[{"role": "system", "content": "be brief"}, *CHAT]]), where="a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": ["a", "b", "c"], "completion": ["d", " ", ""]},
+        {"messages": [CHAT, *[[CHAT[0], {"role": "assistant", "content": said}] for said in (" ", "")]]},
+    ],
+    ids=["completion", "chat"],
+)
+def test_an_answer_that_says_nothing_is_learned_and_said(columns, tokenizer, caplog):
+    rows = table(**columns)
+    task = build(tokenizer, rows)
+    logger.addHandler(caplog.handler)
+    task.check(rows.select([0]), where="a.jsonl")
+    assert not caplog.messages
+    task.check(rows, where="a.jsonl")
+    logger.removeHandler(caplog.handler)
+    assert "a.jsonl: 2 rows with an empty answer, the first of them row 1" in caplog.messages[0]
 
 
 def test_a_template_that_ends_no_answer_is_refused():

@@ -99,19 +99,15 @@ def answers(trainee, rows, features):
     return trainee.task.decode(found, rows)
 
 
-def merging(case):
-    """How far the answers with the adapter merged are from those with it beside, and whether any weight was moved."""
+def one_batch(case):
+    """Predictions that there is a batch of for one rank alone, then an update, and both again: none waits for another.
+
+    What is found out once a process, and the order in which torch gathers, must be the same on both.
+    """
     trainee, _, features = make_case(case, sharded=True)
-    # A batch for one rank alone, before any update: both must find out with it what they find out once a process.
-    predict(trainee.task, trainee.model, features, accelerator=trainee.accelerator, batch_size=len(features))
-    run_update(trainee, micro_batches_of(trainee, features, step=0, micro_batch_size=1), features, step=0)
-    before = flat(trainee.bare_model)
-    beside, within = (
-        predict(trainee.task, trainee.model, features, accelerator=trainee.accelerator, batch_size=3, as_saved=as_saved)
-        for as_saved in (False, True)
-    )
-    apart = max(abs(one["nll"] - other["nll"]) for one, other in zip(beside, within, strict=True))
-    return float(apart), torch.equal(before, flat(trainee.bare_model))
+    for step in range(2):
+        predict(trainee.task, trainee.model, features, accelerator=trainee.accelerator, batch_size=len(features))
+        run_update(trainee, micro_batches_of(trainee, features, step=step, micro_batch_size=1), features, step=step)
 
 
 def make_texts(*, sharded):
@@ -121,6 +117,7 @@ def make_texts(*, sharded):
 
 def main(folder, cases):
     """What each process does."""
+    one_batch("recomputed, tied")
     trainee, rows, features = make_texts(sharded=True)
     accelerator, main_process = trainee.accelerator, trainee.accelerator.is_main_process
     before = answers(trainee, rows, features)
@@ -151,7 +148,6 @@ def main(folder, cases):
     results = {
         "changes": {case: change(case, sharded=True) for case in cases},
         "answers": before,
-        "merging": merging("dora, tied"),
         "held": gather_object([(own, total, type(trainee.model).__name__)]),
         "read": read,
         "written": written,
@@ -184,9 +180,6 @@ def test_two_processes_with_half_a_model_each_do_as_one_does(cases, tmp_path):
             wrong[case] = difference
     assert wrong == {}
     assert results["answers"] == untrained
-    apart, unmoved = results["merging"]
-    assert 0 < apart < 1e-4
-    assert unmoved
     for own, total, name in results["held"]:
         assert own == pytest.approx(total / 2, rel=0.01)
         assert name == "FSDPBartForConditionalGeneration"  # and no DistributedDataParallel

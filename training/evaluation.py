@@ -7,7 +7,6 @@ the whole is checked to be complete before it is scored.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import nn
 from tasks.evaluating import in_eval_mode
 from tasks.protocol import Prediction, Task
 from training.batches import Indices, examples
-from training.lora import adapter_merged
 from training.sharding import whole
 
 Tick = Callable[[int, int], None]
@@ -38,14 +36,12 @@ def predict(
     accelerator: Accelerator,
     batch_size: int,
     tick: Tick = untold,
-    as_saved: bool = False,
 ) -> list[Prediction]:
     """Predict every feature; on every rank the whole list, in the order of the features.
 
     Args:
         batch_size: Features in one forward pass. Ranks beyond the number of batches make the first one again.
         tick: Called after each batch, to show progress.
-        as_saved: Merge an adapter meanwhile, as the saved model will have it.
     """
     lengths = np.asarray(features["length"])
     order = np.argsort(-lengths, kind="stable")  # batches of like length: little padding, and the largest comes first
@@ -56,7 +52,7 @@ def predict(
     own = batches[accelerator.process_index :: accelerator.num_processes] or batches[:1]
     total = sum(map(len, own))
     answers: list[tuple[int, Prediction]] = []
-    with in_eval_mode(model), whole(model), adapter_merged(model) if as_saved else nullcontext():
+    with in_eval_mode(model), whole(model):
         for indices in own:
             answers += zip(indices.tolist(), _forward(task, model, features, indices, accelerator), strict=True)
             tick(len(answers), total)

@@ -136,7 +136,7 @@ def open_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PeftMode
 
 @contextmanager
 def adapter_merged(model: nn.Module) -> Iterator[None]:
-    """Within, an adapter is in its base's weights, as ``model/`` will hold it: bf16 rounds their sum once more.
+    """Within, an adapter is in its base's weights; after, they are to the bit what they were.
 
     Takes as much memory again as the layers that are adapted. Where some are held in 4 bits, which have no room for the
     sum, all stay as they are.

@@ -104,3 +104,7 @@ def whole(model: nn.Module) -> Iterator[None]:
         for module in shards:
             module.reshard()
             module.set_reshard_after_forward(module is not model, recurse=False)
+        if isinstance(model, FSDPModule):
+            # torch gathers ahead in the order of all forward passes since the last backward pass, these among them: a
+            # rank that made none would wait for ever for one that then gathers a block more.
+            model.reset_iter_state()

@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     EncoderDecoderConfig,
@@ -33,6 +34,8 @@ def joined_config(name: str, tokenizer: PreTrainedTokenizerBase, **where: Any) -
     half = load_config(name, **where)
     if half.is_encoder_decoder:
         raise UserError("an encoder-decoder already", where=name, fix="model.init=pretrained")
+    if type(half) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(f"a {half.model_type}, which is no encoder", where=name, expected="such as bert or roberta")
     if hasattr(half, PLAN):  # it would be lost with the halves' configurations
         raise UserError("a model with another attention", where=name, expected="full attention in both halves")
     ids = token_ids(half, tokenizer)
