@@ -18,6 +18,7 @@ from killed_run import finetune_and_die
 from processes import LIMIT, received, started
 from tiny_families import make_rows, save_body
 
+from pipelines.evaluate import evaluate
 from training.batches import BlockStart
 from training.checkpoints import newest_whole, read_position
 
@@ -167,6 +168,27 @@ def test_what_two_processes_sharded_others_go_on_with(config, tmp_path):
         resumed = run(config, folder, processes=processes, overrides=["resume=auto", *overrides])
         assert f"resuming on {said} what 2 began" in resumed.stderr
         assert [line["loss"] for line in facts(folder)[0] if "loss" in line] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [[], LORA], ids=["full", "lora"])
+def test_a_sharded_run_in_bf16_is_scored_as_it_is_saved(overrides, config, tmp_path):
+    """Its one batch of validation rows leaves one of two processes without any, and training goes on after it."""
+    save_body("llama", tmp_path / "model")
+    rows = [{"prompt": row["text"], "completion": " sat down"} for row in make_rows("classification", 12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "task": "generation",
+        "model": {"name": str(tmp_path / "model"), "max_length": 16},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "rows.jsonl")},
+        "train": {"batch_size": 4, "max_steps": 3, "eval_steps": 1, "learning_rate": 0.02, "bf16": True},
+        "generation": {"decoding": {"max_new_tokens": 4}},
+        "distributed": "fsdp2",
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    done = run(path, tmp_path / "run", processes=2, overrides=overrides)
+    assert done.returncode == 0, done.stderr
+    assert evaluate(str(tmp_path / "run"), []) == facts(tmp_path / "run")[1]
 
 
 @pytest.mark.gpu
