@@ -39,7 +39,7 @@ def match_columns(
         if len(usual) > 1:
             raise _ambiguous(table, column, usual)
         if not usual and column.required:
-            raise _missing(table, column)
+            raise _missing(table, column, free=[name for name in table.names if name not in {*taken, *found.values()}])
         if usual:
             found[column.role] = usual[0]
     return found
@@ -77,15 +77,16 @@ def _ambiguous(table: Table, column: Column, usual: Sequence[str]) -> UserError:
     )
 
 
-def _missing(table: Table, column: Column) -> UserError:
-    only = table.names[0] if len(table.names) == 1 else "NAME"
-    guess = next((name for name in table.names if name.lower().strip() in column.names), only)
+def _missing(table: Table, column: Column, *, free: Sequence[str]) -> UserError:
+    only = free[0] if len(free) == 1 else "NAME"
+    guess = next((name for name in free if name.lower().strip() in column.names), only)
+    which = f"say which column it is: data.columns.{column.role}={guess}" if free else "add it"
     words = "; a file with a word and its tag on each line ends in .conll" if column.kind == "words" else ""
     return UserError(
         f"no column for {column.role!r} among {_listed(table.names)}",
         where=table.source,
         expected=f"a column named {_listed(column.names)}{words}",
-        fix=table.hint or f"say which column it is: data.columns.{column.role}={guess}; a csv file needs a header line",
+        fix=table.hint or f"{which}; a csv file needs a header line",
     )
 
 

@@ -103,7 +103,12 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next))
     except TemplateError as error:  # Gemma's and Mistral's refuse roles that they do not know
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses the roles {roles}: {error}", where="messages") from error
+        raise UserError(
+            f"the chat template refuses the roles {roles}: {error}",
+            where="messages",
+            expected="roles, in an order, that it knows",
+            fix="put a system's turn into the user's that follows, or take another template",
+        ) from error
     except Exception as error:  # of a broken template, whatever Python makes of it
         raise UserError(f"the chat template fails: {type(error).__name__}: {error}", where="messages") from error
 

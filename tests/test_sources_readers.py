@@ -223,6 +223,11 @@ def test_answers_count_characters_not_bytes(tmp_path):
     assert "here 7" in refusal(write(tmp_path / "a.jsonl", [row]), QA)
 
 
+def test_no_column_is_proposed_twice(tmp_path):
+    assert "add it" in refusal(write(tmp_path / "a.csv", "text\nq\n"))
+    assert "data.columns.label=mood" in refusal(write(tmp_path / "b.csv", "text,mood\nq,a\n"))
+
+
 def test_mapping(tmp_path, caplog):
     path = write(tmp_path / "a.csv", "question,sentence,label,extra\nq,s,1,z\n")
     assert "data.columns.text=question" in refusal(path)
