@@ -190,7 +190,7 @@ DATA = {
         "a.csv", "review,label\nx,a\n", ["'review', 'label'", "'sentence'", "data.columns.text="]
     ),
     "a column in other case": data("a.csv", "Text,label\nx,a\n", ["data.columns.text=Text"]),
-    "no column to be learned": data("a.csv", "text\nhello\nworld\n", ["'label'", "data.columns.label"]),
+    "no column to be learned": data("a.csv", "text\nhello\nworld\n", ["'label'", "add it"]),
     "two columns that would do": data(
         "a.csv", "text,content,label\nx,y,a\n", ["data.columns.text=text or", "'content'"]
     ),

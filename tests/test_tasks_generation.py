@@ -349,6 +349,7 @@ def test_an_answer_that_says_nothing_is_learned_and_said(columns, tokenizer, cap
     rows = table(**columns)
     task = build(tokenizer, rows)
     logger.addHandler(caplog.handler)
+    caplog.clear()
     task.check(rows.select([0]), where="a.jsonl")
     assert not caplog.messages
     task.check(rows, where="a.jsonl")

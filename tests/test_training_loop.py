@@ -27,6 +27,7 @@ from heedful import NonFiniteLossError, UserError
 from pipelines.cli import leave
 from pipelines.scoring import evaluate_split
 from tasks import TASKS
+from tasks.baselines import Split
 from training import checkpoints
 from training.batches import Batching, epochs, examples, rank_share
 from training.checkpoints import Position
@@ -188,7 +189,8 @@ def scores(task_name, *, sharded=False):
     task, rows, _ = make_task(task_name, count=40, **SHORT.get(task_name, {}))
     features = datasets.Dataset.from_dict(task.encode(rows[:], training=False))
     trainee = make_trainee(task, sharded=sharded)
-    return evaluate_split(task, trainee.bare_model, rows, features, accelerator=trainee.accelerator, batch_size=5)
+    split = Split(rows, features)
+    return evaluate_split(task, trainee.bare_model, split, accelerator=trainee.accelerator, batch_size=5)
 
 
 def launch(file, world_size, folder, *arguments):
