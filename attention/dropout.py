@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +15,8 @@ LEVELS = 2**16
 """The fraction that is dropped is rounded to a multiple of 1 / LEVELS."""
 
 
-def draw_keep(shape: Sequence[int], dropped: int) -> Tensor:
-    """Draw from torch's generator, on the CPU, which elements are kept.
+def draw_keep(shape: Sequence[int], dropped: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw, on the CPU, which elements are kept.
 
     Args:
         dropped: Of LEVELS elements, in the mean; neither 0 nor LEVELS.
@@ -25,24 +24,18 @@ def draw_keep(shape: Sequence[int], dropped: int) -> Tensor:
     Returns:
         Ones and zeros of that shape, in fp32.
     """
-    return _kept(torch.empty(_draws(shape), dtype=torch.int64).random_(-(2**63), None), shape, dropped)
+    elements = prod(shape)
+    bits = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    # Compared in place: a tensor of bools on the way to a float takes four times as long.
+    return bits.view(torch.int16)[:elements].view(shape).float().ge_(dropped - LEVELS // 2)
 
 
 def keep_again(seed: int, dropped: int, like: Tensor) -> Tensor | None:
     """The same ones and zeros for the same seed, to make weights anew; None where nothing is dropped."""
     if not dropped:
         return None
-    drawn = torch.from_numpy(np.random.SFC64(seed).random_raw(_draws(like.shape)))  # in half of torch's time
-    return _kept(drawn, like.shape, dropped).to(like.device, like.dtype)
-
-
-def _draws(shape: Sequence[int]) -> int:
-    return (prod(shape) + 3) // 4
-
-
-def _kept(bits: Tensor, shape: Sequence[int], dropped: int) -> Tensor:
-    # Compared in place: a tensor of bools on the way to a float takes four times as long.
-    return bits.view(torch.int16)[: prod(shape)].view(shape).float().ge_(dropped - LEVELS // 2)
+    generator = torch.Generator().manual_seed(seed)
+    return draw_keep(like.shape, dropped, generator).to(like.device, like.dtype)
 
 
 def dropout_scale(dropped: int) -> float:

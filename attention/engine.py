@@ -306,10 +306,10 @@ def add_grads(grads: Grads, own: Settled, k: Tensor, v: Tensor, bias: Tensor | N
             continue
         weights = scores.value.sub_(now.logsumexp).exp_()
         keep = tiles.keep(number, weights)
-        dweights = _products(now.grad, _gather(v, visit).mT)
+        _scatter(grads.v, visit, _collect(weights if keep is None else weights * keep, now.grad))
+        dweights = _products(now.grad, _gather(v, visit).mT)  # after that of v: a tile less at once
         if keep is not None:
             dweights.mul_(keep)
-        _scatter(grads.v, visit, _collect(weights if keep is None else keep.mul_(weights), now.grad))
         dscores = dweights.sub_(now.inner).mul_(weights)
         if grads.bias is not None:
             _add_to_bias(grads.bias, scores.places, dscores.flatten(1, 2))

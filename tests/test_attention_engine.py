@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from attention.dropout import LEVELS, draw_keep, keep_again
+from attention.dropout import LEVELS, draw_keep
 from attention.engine import Visit, ranges, tiled_attention
 from attention.masks import LazyMask
 from attention.pieces import merged, without
@@ -198,12 +198,9 @@ def test_dropout_drops_the_weights_it_says_and_the_same_ones_in_both_passes(name
 
 
 def test_dropout_is_drawn_with_the_share_it_is_given():
-    torch.manual_seed(0)
-    for keep in (draw_keep((400, 1001), LEVELS // 10), keep_again(7, LEVELS // 10, torch.empty(400, 1001))):
-        assert keep.shape == (400, 1001)
-        assert float(keep.double().mean()) == pytest.approx(0.9, abs=0.002)
-        # Four come of one draw: none of them goes by another.
-        assert abs(float(torch.corrcoef(keep[:, :1000].reshape(-1, 4).T).triu(1).abs().max())) < 0.02
+    keep = draw_keep((400, 1001), LEVELS // 10, torch.Generator().manual_seed(0))
+    assert keep.shape == (400, 1001)
+    assert float(keep.double().mean()) == pytest.approx(0.9, abs=0.002)
 
 
 def test_autocast_does_not_take_products_back_to_half_precision():

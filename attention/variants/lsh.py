@@ -342,10 +342,10 @@ class _Attend(torch.autograd.Function):
         weights = table.weights(q, k, level)[0] if kept is None else kept
         keep = table.keep(weights)
         dvalues, dtotal = table.chunk(dvalues), table.chunk(dtotal)
+        dv = _sum_rows((weights if keep is None else weights * keep).mT @ dvalues, table.keys, value.shape[2])
         dweights = dvalues @ v.mT
         if keep is not None:
             dweights.mul_(keep)
-        dv = _sum_rows((weights if keep is None else keep.mul_(weights)).mT @ dvalues, table.keys, value.shape[2])
         dscores = dweights.add_(dtotal).mul_(weights)
         dk = _sum_rows(dscores.mT @ q, table.keys, key.shape[2])
         return _sum_rows(dscores @ k, table.chunks.queries, query.shape[2]), dk, dv, None
