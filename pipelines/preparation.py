@@ -181,7 +181,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
         say_unread(name or "", console, trust_remote_code=config.model.trust_remote_code)
     features = {split: encode(task, rows[split], training=split == "train", where=sources[split]) for split in rows}
     losses = {split: task.account(features[split], rows[split]) for split in rows}
-    _require_learned(losses, sources)
+    for split, counts in losses.items():
+        _require_learned(counts, where=sources[split])
     audited = audit(
         rows,
         columns=TASKS[config.task].columns,
@@ -202,15 +203,14 @@ def prepare(config: RunConfig, accelerator: Accelerator, console: Console) -> Pr
     return Prepared(task, loaded, sources, rows, features, assets, audited)
 
 
-def _require_learned(losses: Mapping[str, Mapping[str, int]], sources: Mapping[str, str]) -> None:
-    for split, counts in losses.items():
-        if counts.get("learned_tokens") == 0:
-            raise UserError(
-                "no token carries loss",
-                where=sources[split],
-                expected="completions, or answers of the assistant, that are not empty",
-                fix="raise model.max_length, or look at the data",
-            )
+def _require_learned(counts: Mapping[str, int], *, where: str) -> None:
+    if counts.get("learned_tokens") == 0:
+        raise UserError(
+            "no token carries loss",
+            where=where,
+            expected="texts, completions, or answers of the assistant, that are not empty",
+            fix="raise model.max_length, or look at the data",
+        )
 
 
 def fetch_assets(names: Sequence[str | None], accelerator: Accelerator, console: Console) -> list[dict[str, Any]]:

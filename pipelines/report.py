@@ -48,8 +48,8 @@ def learned_tokens(tokenizer: Any, feature: Mapping[str, Any], *, colours: bool 
     """A training example as text, with the tokens that carry loss in green and underlined, the others dim.
 
     Args:
-        colours: Whether they can be seen; else what carries loss stands between » and «.
         feature: Of packed texts or of a prompt with its answer; there is nothing to show of any other.
+        colours: Whether they can be seen; else what carries loss stands between » and «.
     """
     if "prompt_length" not in feature and "position_ids" not in feature:
         return None

@@ -38,7 +38,7 @@ def evaluate_split(
 
 
 def check_answers(task: Task, rows: datasets.Dataset, *, where: str) -> None:
-    """Refuse rows without what figures are made by, before hours are spent on them. Most tasks have always checked.
+    """Refuse rows without what figures are made by, before hours are spent on them; of most tasks ``check`` did.
 
     Raises:
         UserError: There is nothing to compare the model's answers with.

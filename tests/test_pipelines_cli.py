@@ -419,6 +419,9 @@ def test_an_encoder_used_twice_summarizes(project, cli_run):
     refused(other, "has no effect on a model", untouched="other")
     twice = cli_run("finetune", "run.yaml", "model.init=encoder_decoder", "model.name=runs/run/model")
     refused(twice, "an encoder-decoder already", untouched="runs/run.1")
+    save_body("llama", "decoder")
+    decoder = cli_run("finetune", "run.yaml", "model.init=encoder_decoder", "model.name=./decoder")
+    refused(decoder, "a llama, which is no encoder", untouched="runs/run.1")
 
 
 @pytest.mark.parametrize(("task", "pairs"), [("classification", True), ("classification", False), ("qa", False)])
