@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
@@ -33,7 +34,7 @@ from sources.tables import Dialect
 from sources.texts import counted, first_few
 from tasks import TASKS, saved
 from tasks.protocol import Task
-from training.batches import Batching, Block, BlockStart
+from training.batches import Batching, Block, BlockStart, examples
 from training.models import Loaded, unread
 
 ENCODE_BATCH = 1000
@@ -321,7 +322,8 @@ def stream_blocks(config: RunConfig, task: Task, source: str, batching: Batching
         for rows in read_stream(config, source, start=start.row):
             where = f"{source}, rows from {start.row} on"
             _check_later(task, rows, where=where)
-            if features := _encoded(task, rows, training=True, where=where):
+            features = _encoded(task, rows, training=True, where=where)
+            if _teaches(task, features):
                 yield Block(start, features, epoch_share=0.0)
                 steps = batching.steps_per_epoch(len(features))
                 start = replace(start, number=start.number + 1, first_step=start.first_step + steps)
@@ -329,6 +331,14 @@ def stream_blocks(config: RunConfig, task: Task, source: str, batching: Batching
         if start.number == began.number and not began.row:
             raise UserError("nothing to learn from in a whole pass", where=source, fix="check the file")
         start = replace(start, row=0, passes=start.passes + 1)
+
+
+def _teaches(task: Task, features: datasets.Dataset) -> bool:
+    """Whether a target counts in any of them: updates without one would move the optimizer's averages all the same."""
+    parts = (
+        np.split(np.arange(len(features)), range(ENCODE_BATCH, len(features), ENCODE_BATCH)) if len(features) else []
+    )
+    return any(bool(task.count(task.collate(examples(features, part))) > 0) for part in parts)
 
 
 def _check_later(task: Task, rows: datasets.Dataset, *, where: str) -> None:

@@ -121,6 +121,19 @@ def test_a_block_with_nothing_to_learn_is_passed_over(project):
     ]
 
 
+def test_a_block_of_texts_that_say_nothing_is_passed_over(project):
+    save_body("llama", "decoder")
+    Path("texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("the cat sat", "a dog", "", ""))
+    )
+    model = {"name": "./decoder", "max_length": 32}
+    Path("texts.yaml").write_text(yaml.safe_dump({"task": "generation", "model": model, "data": {"stride": 4}}))
+    settings = load("texts.yaml", [*STREAMING, "data.buffer_size=2", "data.train=texts.jsonl"])
+    task = build_task(settings, read_rows("texts.jsonl", columns=TASKS["generation"].columns, mapping={}))
+    blocks = islice(stream_blocks(settings, task, "texts.jsonl", Batching(2, seed=0), BlockStart()), 2)
+    assert [(block.start.first_step, block.start.row, block.start.passes) for block in blocks] == [(0, 0, 0), (1, 0, 1)]
+
+
 def test_a_file_that_was_emptied_ends_the_run(project):
     settings = load("run.yaml", STREAMING)
     task = build_task(settings, read_rows("train.jsonl", columns=TASKS["classification"].columns, mapping={}))
