@@ -87,7 +87,7 @@ def attend_to_stream(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 def dropping(scoring: Scoring) -> tuple[int, int]:
     """How many of LEVELS weights are dropped, and a seed, drawn from torch's generator: recomputing repeats it."""
     dropped = round(scoring.dropout * LEVELS)
-    return dropped, int(torch.randint(2**62, ())) if dropped else 0
+    return dropped, int(torch.randint(2**62, (), device="cpu")) if dropped else 0
 
 
 @dataclass(frozen=True)

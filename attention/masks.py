@@ -53,6 +53,8 @@ class LazyMask(BlockMask):
     Attributes:
         padding_BM: False on padding, by key; None without any.
         starts_B: Position of the first token of each row; None where all rows begin at once.
+        rule: As ``mask_function``.
+        block_masks: What FlexAttention has made of it, by pattern.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class LazyMask(BlockMask):
         **others: Any,
     ) -> None:
         self._size = (batch_size, 1, q_length, kv_length)
-        self._rule, self._others = mask_function, others
+        self.rule, self._others = mask_function, others
         self.q_offset, self.kv_offset = int(q_offset), int(kv_offset)
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         self.padding_BM = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].bool()
@@ -79,6 +81,7 @@ class LazyMask(BlockMask):
         self._attention_mask = attention_mask
         self._dense: Tensor | None = None
         self._is_made = False
+        self.block_masks: dict[Any, BlockMask] = {}
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -93,12 +96,18 @@ class LazyMask(BlockMask):
     @property
     def causal(self) -> bool:
         """Whether no query sees a later key, as far as that is known without asking for each pair."""
-        return self._rule is causal_mask_function
+        return self.rule is causal_mask_function
 
     @property
     def only_padding(self) -> bool:
         """Whether every query sees the same keys: all but padding."""
-        return self._rule is bidirectional_mask_function
+        return self.rule is bidirectional_mask_function
+
+    @property
+    def is_by_row(self) -> bool:
+        """Whether rows may differ in what they see, as far as that is known without asking for each pair."""
+        has_padding = self.padding_BM is not None or self.starts_B is not None
+        return has_padding or not (self.causal or self.only_padding)
 
     def __repr__(self) -> str:
         return f"LazyMask(shape={self._size}, q_offset={self.q_offset}, kv_offset={self.kv_offset})"
@@ -112,11 +121,11 @@ class LazyMask(BlockMask):
         assert self.starts_B is not None
         rows = (self.starts_B == start).nonzero()[:, 0]
         first_query, first_key = max(0, start - self.q_offset), max(0, start - self.kv_offset)
-        rule = self._rule
+        rule = self.rule
         if not (self.causal or self.only_padding):  # those ask for no more than the distance
 
             def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return self._rule(rows.to(row.device)[row], head, query + start, key + start)  # type: ignore[no-any-return]
+                return self.rule(rows.to(row.device)[row], head, query + start, key + start)  # type: ignore[no-any-return]
 
         kv_offset, keys = self.kv_offset + first_key - start, self._size[3] - first_key
         real_BM = rows.new_ones(len(rows), keys).bool()
@@ -143,7 +152,7 @@ class LazyMask(BlockMask):
                 keys,
                 self.q_offset,
                 self.kv_offset,
-                mask_function=self._rule,
+                mask_function=self.rule,
                 attention_mask=self._attention_mask,
                 **self._others,
             )
@@ -164,7 +173,7 @@ class LazyMask(BlockMask):
             kv_length=keys.stop - keys.start,
             q_offset=self.q_offset + queries.start,
             kv_offset=self.kv_offset + keys.start,
-            mask_function=self._rule,
+            mask_function=self.rule,
             attention_mask=self._attention_mask,
             **self._others,
         )
@@ -184,7 +193,7 @@ class LazyMask(BlockMask):
             allowed = (k_1m <= q_n1)[None, None]
         elif not self.causal and not self.only_padding:
             rows_B11 = torch.arange(self._size[0], device=keys_m.device)[:, None, None]
-            answer = self._rule(rows_B11, torch.zeros_like(rows_B11), q_n1, k_1m)
+            answer = self.rule(rows_B11, torch.zeros_like(rows_B11), q_n1, k_1m)
             allowed = answer.expand(answer.shape[0] if answer.ndim == 3 else 1, len(queries_n), len(keys_m))[:, None]
         if self._never_padding_M is not None and not bool(self._never_padding_M[keys_m].all()):
             assert self.padding_BM is not None
@@ -209,7 +218,7 @@ class LazyMask(BlockMask):
         if self.causal and not below_diagonal:
             allowed = k_1m <= q_n1
         elif not self.causal and not self.only_padding:
-            allowed = self._rule(rows, torch.zeros_like(rows), q_n1, k_1m)
+            allowed = self.rule(rows, torch.zeros_like(rows), q_n1, k_1m)
         if self.padding_BM is not None:
             real_1m = self.padding_BM[rows, keys[..., None, :]]
             allowed = real_1m if allowed is None else allowed & real_1m

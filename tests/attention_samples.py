@@ -141,9 +141,9 @@ def make_tensors(rows=2, heads=4, groups=2, queries=150, keys=150, width=8, *, d
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
-def make_mask(rows=2, queries=150, keys=150, *, causal=False, padding=True):
+def make_mask(rows=2, queries=150, keys=150, *, causal=False, padding=True, device="cpu"):
     """Decoding with a cache where there are more keys; the first row is padded at its end, the second at its start."""
-    real = torch.ones(rows, keys, dtype=torch.bool)
+    real = torch.ones(rows, keys, dtype=torch.bool, device=device)
     if padding:
         real[0, -30:], real[1, :20] = False, False
     rule = causal_mask_function if causal else bidirectional_mask_function

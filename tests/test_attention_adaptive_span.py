@@ -106,7 +106,7 @@ def test_it_goes_no_further_than_its_widest_head():
 def test_only_tiles_that_some_head_reaches_are_visited(spans, reach, monkeypatch):
     areas, length = [], 300
     monkeypatch.setattr(
-        "attention.tiled.tiled_attention", lambda query, key, value, mask, visits, _: areas.extend(visits) or query
+        "attention.pattern.tiled_attention", lambda query, key, value, mask, visits, _: areas.extend(visits) or query
     )
     variant = make_variant(spans, max_span=50)
     variant(*make_tensors(queries=length, keys=length), make_mask(queries=length, keys=length), Scoring(0.3))

@@ -17,10 +17,10 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from attention.dropout import LEVELS, draw_keep
 from attention.engine import Visit, ranges, tiled_attention
 from attention.masks import LazyMask
+from attention.pattern import Extent, seen_pairs
 from attention.pieces import merged, without
 from attention.reference import attention_weights, dense_attention
 from attention.scoring import Scoring
-from attention.tiled import Extent, seen_pairs
 from attention.variant import read_weights
 
 PATTERNS = [(name, settings) for name, settings in each_sample() if name not in NO_PATTERN]

@@ -9,9 +9,9 @@ from tiny_families import DECODERS, SEQ2SEQ, make_model
 from transformers import AutoModel
 
 from attention.options import Plan
+from attention.pattern import Extent, tile_side
 from attention.scoring import Scoring
 from attention.seam import install, recorded, sites_of
-from attention.tiled import Extent, tile_side
 from attention.variant import Work
 from attention.variants import additive, lsh
 

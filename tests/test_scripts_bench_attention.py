@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs/attention"
 
 def test_time_and_memory_of_two_variants(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "_in_process", speed.figures)
-    speed.measure([64, 128], ["blockwise", "strided"], tmp_path)
+    speed.measure([64, 128], ["blockwise", "strided"], write=tmp_path)
     page = (tmp_path / "speed.md").read_text()
     assert "| blockwise | " in page
     reports = json.loads((tmp_path / "speed.json").read_text())["reports"]

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention.engine import Visit, ranges
+from attention.engine import Sees, Visit, ranges
 from attention.options import BlockSparseOptions
+from attention.pattern import Extent
 from attention.pieces import merged
-from attention.tiled import Extent, Tiled
+from attention.tiled import Tiled
 from attention.variant import Site
 
 LONGEST = 4096
@@ -50,11 +51,22 @@ class Blocks:
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """By the blocks of the two."""
-        q, k = queries // self.size, keys // self.size
-        seen = ((q - k).abs() <= self.around) | (q < self.first) | (k < self.first)
-        for drawn in self._table(int(q.max()) + 1).to(q.device).unbind(1):
-            seen |= k == drawn[q]
-        return seen
+        return self.within(int(queries.max()) + 1, queries.device)(queries, keys)
+
+    def within(self, length: int, device: torch.device) -> Sees:
+        """The same, of a table of what the blocks draw."""
+        blocks = range(-(-length // self.size))
+        drawn_by_block = [n for block in blocks for n in drawn(self.seed, block, self.horizon, self.random)]
+        table = torch.tensor(drawn_by_block, dtype=torch.int64, device=device)
+
+        def sees(queries: Tensor, keys: Tensor) -> Tensor:
+            q, k = queries // self.size, keys // self.size
+            seen = ((q - k).abs() <= self.around) | (q < self.first) | (k < self.first)
+            for number in range(self.random):
+                seen = seen | (k == table[q * self.random + number])
+            return seen
+
+        return sees
 
     def visits(self, extent: Extent) -> list[Visit]:
         """A block of queries with all blocks that it sees."""
@@ -71,11 +83,6 @@ class Blocks:
         near = range(max(0, block - self.around), block + self.around + 1)
         blocks = {*near, *range(self.first), *drawn(self.seed, block, self.horizon, self.random)}
         yield Visit(queries, merged(slice(b * self.size, min(end, (b + 1) * self.size)) for b in blocks))
-
-    def _table(self, blocks: int) -> Tensor:
-        """What each block draws, [blocks, random]."""
-        rows = [drawn(self.seed, block, self.horizon, self.random) for block in range(blocks)]
-        return torch.tensor(rows, dtype=torch.int64).view(blocks, self.random)
 
 
 @cache

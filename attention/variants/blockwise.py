@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from attention.engine import Visit, ranges
 from attention.options import BlockwiseOptions
-from attention.tiled import Extent, Tiled
+from attention.pattern import Extent
+from attention.tiled import Tiled
 from attention.variant import Site
 
 
@@ -26,6 +28,9 @@ class Everything:
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         """All."""
         return None
+
+    def within(self, length: int, device: torch.device) -> None:
+        """All."""
 
     def visits(self, extent: Extent) -> list[Visit]:
         """Squares, up to the diagonal where later keys are not seen."""

@@ -21,9 +21,10 @@ from attention.bias import bias_between
 from attention.engine import KeyBlock, Tiles, attend_to_stream, dropping
 from attention.masks import LazyMask
 from attention.options import RingOptions
+from attention.pattern import Extent, tile_side
 from attention.ring import Shards, Stretch
 from attention.scoring import Scoring
-from attention.tiled import Extent, Tiled, tile_side
+from attention.tiled import Tiled
 from attention.variant import Site, Work
 from attention.variants.blockwise import Everything
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
-from attention.engine import Visit, ranges
+from attention.engine import Sees, Visit, ranges
 from attention.options import SlidingWindowOptions
+from attention.pattern import Extent
 from attention.pieces import merged, without
-from attention.tiled import Extent, Tiled
+from attention.tiled import Tiled
 from attention.variant import Site
 from heedful import UserError
 
@@ -43,6 +46,10 @@ class Window:
         near = (queries - keys).abs() <= self.reach
         return near | self._is_global(queries) | self._is_global(keys) if self.global_tokens else near
 
+    def within(self, length: int, device: torch.device) -> Sees:
+        """The same."""
+        return self.sees
+
     def visits(self, extent: Extent) -> list[Visit]:
         """A tile of queries with its window and the global keys; what is left for global queries, tile by tile."""
         side = min(extent.tile, max(64, self.reach // 2))
@@ -62,7 +69,7 @@ class Window:
                     yield from (Visit(own, (piece,)) for piece in _shifted(rest, 4 * extent.tile))
 
     def _is_global(self, indices: Tensor) -> Tensor:
-        return torch.isin(indices, torch.tensor(self.global_tokens, device=indices.device))
+        return reduce(or_, (indices == token for token in self.global_tokens))
 
 
 def _shifted(piece: slice, size: int) -> Iterator[slice]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from attention.engine import Visit, ranges
+from attention.engine import Sees, Visit, ranges
 from attention.options import StridedOptions
-from attention.tiled import Extent, Tiled
+from attention.pattern import Extent
+from attention.tiled import Tiled
 from attention.variant import Site
 
 
@@ -23,6 +25,10 @@ class Strided:
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Near, or in one column."""
         return self._near(queries, keys) | ((queries - keys) % self.stride == 0)
+
+    def within(self, length: int, device: torch.device) -> Sees:
+        """The same."""
+        return self.sees
 
     def visits(self, extent: Extent) -> list[Visit]:
         """Tiles along the diagonal, and one tile for each remainder: all that lie in its column."""

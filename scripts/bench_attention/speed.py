@@ -1,7 +1,8 @@
 """Time and memory beside torch's own kernel.
 
 Time is CPU time of one thread, forward and backward, least of three; the kernel is timed in the same process, in turns
-with the variant, so that what slows the machine slows both. Memory is by how much the peak of a fresh process grows.
+with the variant, so that what slows the machine slows both. Memory is by how much the peak of a fresh process grows. On
+a GPU it is the clock's time till the GPU has done, in bf16, and the peak of its own memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from scripts.bench_attention.subjects import (
 from scripts.peer import peak_mib
 from scripts.reporting import processor, table, versions, write_page
 
-KERNEL, DROPOUT, REPEATS, ONE = "sdpa", 0.1, 3, "one"
+KERNEL, DROPOUT, REPEATS, ONE, CPU = "sdpa", 0.1, 3, "one", "cpu"
 LENGTHS = [512, 1024, 4096, 8192, LONGEST]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -43,42 +44,48 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def measure(
     lengths: Annotated[list[int], typer.Option()] = LENGTHS,
     variant: Annotated[list[str] | None, some_of(VARIANTS)] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a page of its own.")] = CPU,
     write: Write = None,
 ) -> None:
     """Time and memory of a training step at these lengths, each in a process of its own."""
     names = [KERNEL, *(variant or VARIANTS)]
     dropped_at = min(lengths, key=lambda length: abs(length - 4096))
-    reports = [_in_process(name, length, 0.0) for name in names for length in lengths]
-    reports += [_in_process(name, dropped_at, DROPOUT) for name in names]
+    reports = [_in_process(name, length, 0.0, device) for name in names for length in lengths]
+    reports += [_in_process(name, dropped_at, DROPOUT, device) for name in names]
     text = tables(reports)
     typer.echo(text)
     if write is None:
         return
     options = [f" --lengths {length}" for length in lengths if lengths != LENGTHS]
     options += [f" --variant {name}" for name in variant or ()]
+    options += [f" --device {device}" for _ in range(device != CPU)]
     command = f'make attention ARGS="speed{"".join(options)}"'
-    facts = {"command": command, "device": processor(), "threads": "1", **versions(["torch"])}
-    page = f"{text}\n\n![time by length](speed.svg)"
-    write_page(write / "speed.md", "Time and memory", facts, page, {"reports": reports})
-    draw_times(reports, write / "speed.svg")
+    machine = (
+        {"device": processor(), "threads": "1"} if device == CPU else {"device": torch.cuda.get_device_name(device)}
+    )
+    facts = {"command": command, **machine, **versions(["torch"])}
+    path = write / ("speed.md" if device == CPU else f"speed-{device}.md")
+    page = f"{text}\n\n![time by length]({path.stem}.svg)"
+    write_page(path, "Time and memory", facts, page, {"reports": reports})
+    draw_times(reports, path.with_suffix(".svg"))
 
 
-def measure_one(name: str, length: int, dropout: float = 0.0) -> None:
+def measure_one(name: str, length: int, dropout: float = 0.0, device: str = CPU) -> None:
     """One variant in this process; the figures go out as JSON."""
     torch.set_num_threads(1)
-    typer.echo(json.dumps(figures(name, length, dropout)))
+    typer.echo(json.dumps(figures(name, length, dropout, device)))
 
 
-def figures(name: str, length: int, dropout: float) -> dict[str, Any]:
+def figures(name: str, length: int, dropout: float, device: str) -> dict[str, Any]:
     """Time and memory of one variant, in this process, and what they are of."""
-    variant, kernel = _attend_by(name, dropout), _attend_by(KERNEL, dropout)
-    _step(variant, 64)  # what is imported and allocated once
+    variant, kernel = _attend_by(name, dropout, device), _attend_by(KERNEL, dropout, device)
+    _step(variant, 64, device)  # what is imported and allocated once
     before = peak_mib()
-    _step(variant, length)
+    _step(variant, length, device)
     memory, own, theirs = peak_mib() - before, [], []
     for _ in range(REPEATS):
-        own.append(_step(variant, length))
-        theirs.append(_step(kernel, length))
+        own.append(_step(variant, length, device))
+        theirs.append(_step(kernel, length, device))
     measured = {"milliseconds": min(own), "ratio": min(own) / min(theirs), "mib": memory}
     return {"variant": name, "length": length, "dropout": dropout, **measured}
 
@@ -101,8 +108,8 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
             by_length("ratio", ".2f"),
             "Memory in MiB:",
             by_length("mib", ",.0f"),
-            f"Both at {dropped[0]['length']:,} tokens, dropout {DROPOUT}, where the kernel for the CPU falls back to "
-            "the whole table:",
+            f"Both at {dropped[0]['length']:,} tokens, dropout {DROPOUT}, where torch's kernel for the CPU falls back "
+            "to the whole table:",
             table(
                 ["variant", "time, share of the kernel's", "memory, MiB"],
                 [[settings_of(r["variant"]), _cell(r, "ratio", ".2f"), _cell(r, "mib", ",.0f")] for r in dropped],
@@ -128,17 +135,18 @@ def draw_times(reports: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_yscale("log", base=2)
     axes.set_xticks(sorted({r["length"] for r in plain}), [f"{n:,}" for n in sorted({r["length"] for r in plain})])
     axes.set_xlabel("tokens")
-    axes.set_ylabel("CPU time of a training step, ms")
+    axes.set_ylabel("time of a training step, ms")
     axes.grid(alpha=0.3)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     figure.legend(loc="outside right upper", fontsize="small")  # beside the lines, of which it would hide some
     figure.savefig(path)
 
 
-def _attend_by(name: str, dropout: float) -> Attend:
+def _attend_by(name: str, dropout: float, device: str) -> Attend:
     if name == KERNEL:
         return lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    variant, scoring = make_variant(name), Scoring(WIDTH**-0.5, dropout)
+    made: Any = make_variant(name)
+    variant, scoring = made.to(device), Scoring(WIDTH**-0.5, dropout)
     return lambda q, k, v: variant(q, k, v, make_mask(q.shape[2]), scoring)
 
 
@@ -146,8 +154,9 @@ def _cell(report: dict[str, Any] | None, figure: str, form: str) -> str:
     return "" if report is None or report.get("refused") else format(report[figure], form)
 
 
-def _in_process(name: str, length: int, dropout: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "scripts.bench_attention", ONE, name, str(length), "--dropout", str(dropout)]
+def _in_process(name: str, length: int, dropout: float, device: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "scripts.bench_attention", ONE, name, str(length)]
+    command += ["--dropout", str(dropout), "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:  # a variant may refuse a length
         reason = " ".join(done.stderr.split()[-30:])
@@ -158,9 +167,17 @@ def _in_process(name: str, length: int, dropout: float) -> dict[str, Any]:
     return report
 
 
-def _step(attend: Attend, length: int) -> float:
-    """Milliseconds of CPU time of one forward and backward pass."""
-    tensors = [tensor.requires_grad_() for tensor in draw(length)]
-    start = time.process_time()
+def _step(attend: Attend, length: int, device: str) -> float:
+    """Milliseconds of one forward and backward pass."""
+    dtype = torch.float32 if device == CPU else torch.bfloat16
+    tensors = [tensor.to(device, dtype).requires_grad_() for tensor in draw(length)]
+    start = _now(device)
     torch.autograd.backward(attend(*tensors).sum())
-    return 1000 * (time.process_time() - start)
+    return 1000 * (_now(device) - start)
+
+
+def _now(device: str) -> float:
+    if device == CPU:
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
