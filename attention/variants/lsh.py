@@ -45,7 +45,7 @@ from attention.variants.blockwise import Everything
 
 BLOCK = 4
 """Clusters' sizes in a block where tokens look back only: so many keys its queries see elsewhere in four rounds."""
-NARROWEST, WIDEST = 8, 64
+NARROWEST, WIDEST = 8, 72
 """Queries in a chunk. Narrow ones gather keys more often, wide ones stay empty more often."""
 KEPT = 2**16
 """Weights of a part up to which they are kept for the backward pass: of short texts they are few."""
