@@ -20,7 +20,7 @@ LARGEST_TILE, SMALLEST_TILE = 416, 128
 TILE_AREA = 2**20
 """Scores of all rows and heads in one tile, within those bounds: 4 MiB in fp32, about what a core keeps near."""
 TILE_STEP = 32
-"""Sides are multiples of it, and below 512, whose rows push each other out of the cache: either costs a tenth or more."""
+"""Sides are multiples of it, and not 512, whose rows push each other out of the cache: either costs a tenth or more."""
 
 
 @dataclass(frozen=True)
