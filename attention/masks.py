@@ -112,6 +112,8 @@ class LazyMask(BlockMask):
     def __repr__(self) -> str:
         return f"LazyMask(shape={self._size}, q_offset={self.q_offset}, kv_offset={self.kv_offset})"
 
+    __str__ = __repr__  # BlockMask's own draws its blocks
+
     def contiguous(self) -> LazyMask:
         """Itself; ``generate`` asks it of every mask."""
         return self

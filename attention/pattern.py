@@ -59,12 +59,11 @@ class Pattern(Protocol):
         """Whether it goes by positions, not by distances alone: padding before a text would move what it sees."""
         ...
 
-    def sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """Which pairs count, of positions [..., n, 1] and [..., 1, m] from the first token; None is all."""
-        ...
+    def rule(self, length: int, device: torch.device) -> Sees | None:
+        """Which pairs count, of positions from the first token, below ``length``; None is all.
 
-    def within(self, length: int, device: torch.device) -> Sees | None:
-        """``sees`` of positions below ``length``, in a form that compiles: elementwise throughout; None is all."""
+        FlexAttention compiles it: elementwise operations alone, and look-ups in a vector.
+        """
         ...
 
     def visits(self, extent: Extent) -> Sequence[Visit]:
@@ -114,8 +113,9 @@ def seen_pairs(pattern: Pattern, mask: LazyMask, device: torch.device) -> Tensor
     if pattern.counts and mask.starts_B is not None:
         starts_B111 = mask.starts_B.to(device)[:, None, None, None]
         q_N1, k_1M = q_N1 - starts_B111, k_1M - starts_B111
-    seen = pattern.sees(q_N1.clamp(min=0), k_1M.clamp(min=0))
-    if seen is None:
+    rule = pattern.rule(mask.kv_offset + keys, device)
+    if rule is None:
         return allowed
+    seen = rule(q_N1.clamp(min=0), k_1M.clamp(min=0))
     seen = (seen & (q_N1 >= 0)).view(-1, 1, queries, keys)  # padding before a text sees nothing
     return seen if allowed is None else allowed & seen

@@ -234,9 +234,9 @@ def stored_plan(model: PreTrainedModel) -> Plan | None:
 
 def describe(model: PreTrainedModel) -> list[str]:
     """What is in place, a line for each run of layers alike; nothing for a model without variants."""
-    if not hasattr(model.config, PLAN):
+    if (plan := stored_plan(model)) is None:
         return []
-    plan, lines = Plan.model_validate(getattr(model.config, PLAN)), []
+    lines = []
     sites = sorted(find_sites(model), key=lambda site: ROLES.index(site.role))
     placed = [(site, choose(plan, site)) for site in sites]
     for (role, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
@@ -447,10 +447,11 @@ def run(model: Any, ids: Tensor, real: Tensor) -> Any:
         inputs["decoder_input_ids"] = ids
     training = model.training
     model.eval()
-    with torch.no_grad():
-        said = model(**inputs)
-    model.train(training)
-    return said
+    try:
+        with torch.no_grad():
+            return model(**inputs)
+    finally:
+        model.train(training)
 
 
 def _role(path: str, module: nn.Module) -> Role:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention.engine import Visit
-from attention.flex import flex, serves
+from attention.flex import by_flex
 from attention.masks import LazyMask
 from attention.pattern import Extent, Pattern, seen_pairs, tile_side, tiles
 from attention.reference import attention_weights
@@ -35,8 +35,8 @@ class Tiled(nn.Module):
         plain = not scoring.dropout and scoring.softcap is None and scoring.bias is None
         if plain and key.shape[2] <= self.pattern.sdpa_below:
             return self._by_sdpa(query, key, value, mask, scoring.scaling)
-        attend = flex if serves(query, key, value, mask, self.pattern, scoring) else tiles
-        return attend(query, key, value, mask, self.pattern, scoring)
+        out = by_flex(query, key, value, mask, self.pattern, scoring)
+        return tiles(query, key, value, mask, self.pattern, scoring) if out is None else out
 
     def weights(self, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
         """BHNM; see ``attention.variant.Variant``."""
@@ -51,17 +51,9 @@ class Tiled(nn.Module):
         return str(self.pattern)
 
     def _by_sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scaling: float) -> Tensor:
-        allowed, attend = (
-            seen_pairs(self.pattern, mask, query.device),
-            partial(
-                scaled_dot_product_attention,
-                query,
-                key,
-                value,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            ),
-        )
+        allowed = seen_pairs(self.pattern, mask, query.device)
+        grouped = query.shape[1] != key.shape[1]
+        attend = partial(scaled_dot_product_attention, query, key, value, scale=scaling, enable_gqa=grouped)
         if allowed is None:
             return attend()
         # Of a row that sees nothing torch's kernels give NaN or a mean, by the kernel; the engine gives zeros.

@@ -345,10 +345,10 @@ def _flat(model: nn.Module) -> Any:
     return np.concatenate([p.detach().cpu().numpy().ravel().copy() for _, p in sorted(model.named_parameters())])
 
 
-def peak_mib() -> float:
+def peak_mib(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> float:
     """Peak memory of the GPU, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
 
 

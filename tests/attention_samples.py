@@ -110,6 +110,14 @@ def keep_tiled(variant):
     return variant
 
 
+def counted_pairs(pattern, keys, queries=None):
+    """Which pairs a pattern counts, bool [queries, keys]; the queries are the last positions."""
+    queries = keys if queries is None else queries
+    rule = pattern.rule(keys, torch.device("cpu"))
+    q, k = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)[None, :]
+    return torch.ones(queries, keys, dtype=torch.bool) if rule is None else rule(q, k)
+
+
 def stir(module):
     """Move what variants have learned away from where it begins; the same in each call."""
     generator = torch.Generator().manual_seed(4)

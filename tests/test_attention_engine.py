@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from attention_samples import NEUTRAL, NO_PATTERN, each_sample, make, make_mask, make_tensors, stir
+from attention_samples import NEUTRAL, NO_PATTERN, counted_pairs, each_sample, make, make_mask, make_tensors, stir
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -103,11 +103,9 @@ def test_pairs_are_those_that_are_written_out(name, settings, layer, seen, causa
 
 
 def test_what_blocks_see_at_random_follows_from_seed_and_layer():
-    positions = torch.arange(96)
-
     def table(seed, layer):
         pattern = make("block_sparse", {"block_size": 8, "seed": seed}, layer=layer, positions=96).pattern
-        return pattern.sees(positions[:, None], positions[None, :])
+        return counted_pairs(pattern, 96)
 
     assert torch.equal(table(0, 0), table(0, 0))
     assert not torch.equal(table(0, 0), table(0, 1))
@@ -133,8 +131,7 @@ def test_a_schedule_holds_each_pair_that_counts_once(sample, queries, cached, ca
                 seen = visit.sees(rows[:, None] + cached, columns[None, :])
             held[rows[:, None], columns[None, :]] += seen
     rows, columns = torch.arange(queries)[:, None] + cached, torch.arange(keys)[None, :]
-    seen = pattern.sees(rows, columns)
-    counts = torch.ones_like(held).bool() if seen is None else seen
+    counts = counted_pairs(pattern, keys, queries)
     if causal:  # what is ahead of a query is masked in any case
         counts, held = counts & (columns <= rows), held * (columns <= rows)
     assert torch.equal(held, counts.long())

@@ -5,7 +5,18 @@ import itertools
 
 import pytest
 import torch
-from attention_samples import DECODERS, NARROW, NEUTRAL, NEVER_NEUTRAL, NO_PATTERN, REFUSED, SAMPLES, neutral, swap
+from attention_samples import (
+    DECODERS,
+    NARROW,
+    NEUTRAL,
+    NEVER_NEUTRAL,
+    NO_PATTERN,
+    REFUSED,
+    SAMPLES,
+    counted_pairs,
+    neutral,
+    swap,
+)
 from tiny_families import DECODERS as DECODER_FAMILIES
 from tiny_families import SEQ2SEQ, SWAPPABLE, make_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -128,7 +139,7 @@ def test_what_no_pattern_reaches_changes_nothing(name, settings):
     model = swapped(make_model("bert", AutoModel, num_hidden_layers=1), {"variant": name, **settings})
     pattern = find_sites(model)[0].module.attention_variant.pattern
     ids = make_inputs("bert")["input_ids"][1:]
-    seen = pattern.sees(torch.arange(30)[:, None], torch.arange(30)[None, :])
+    seen = counted_pairs(pattern, 30)
     with torch.no_grad():
         before = model(input_ids=ids)[0][0]
         for key in range(30):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_samples import NO_PATTERN, each_sample, make, make_mask, make_tensors, stir
+from attention_samples import NO_PATTERN, counted_pairs, each_sample, make, make_mask, make_tensors, stir
 from tiny_families import DECODERS, SEQ2SEQ, make_model
 from transformers import AutoModel
 
@@ -79,9 +79,7 @@ def test_work_is_what_the_tiles_hold(name, settings, causal):
     for visit in variant.pattern.visits(Extent(length, length, 0, causal, tile_side(2))):
         for keys in visit.keys:
             scored[visit.queries, keys] += 1
-    positions = torch.arange(length)
-    seen = variant.pattern.sees(positions[:, None], positions[None, :])
-    seen = torch.ones(length, length, dtype=torch.bool) if seen is None else seen
+    seen = counted_pairs(variant.pattern, length)
     assert work.scored == int(scored.sum())
     assert work.seen == int((seen.tril() if causal else seen).sum())
 

@@ -49,12 +49,8 @@ class Blocks:
     sdpa_below: int = 1024
     counts: bool = True
 
-    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """By the blocks of the two."""
-        return self.within(int(queries.max()) + 1, queries.device)(queries, keys)
-
-    def within(self, length: int, device: torch.device) -> Sees:
-        """The same, of a table of what the blocks draw."""
+    def rule(self, length: int, device: torch.device) -> Sees:
+        """By the blocks of the two, and what is drawn for each."""
         blocks = range(-(-length // self.size))
         drawn_by_block = [n for block in blocks for n in drawn(self.seed, block, self.horizon, self.random)]
         table = torch.tensor(drawn_by_block, dtype=torch.int64, device=device)

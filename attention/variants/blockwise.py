@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from attention.engine import Visit, ranges
 from attention.options import BlockwiseOptions
@@ -25,11 +24,7 @@ class Everything:
     sdpa_below: int = 1024
     counts: bool = False
 
-    def sees(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """All."""
-        return None
-
-    def within(self, length: int, device: torch.device) -> None:
+    def rule(self, length: int, device: torch.device) -> None:
         """All."""
 
     def visits(self, extent: Extent) -> list[Visit]:

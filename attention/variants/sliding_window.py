@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attention.engine import Sees, Visit, ranges
 from attention.options import SlidingWindowOptions
-from attention.pattern import Extent
+from attention.pattern import TILE_STEP, Extent
 from attention.pieces import merged, without
 from attention.tiled import Tiled
 from attention.variant import Site
@@ -41,18 +41,13 @@ class Window:
         """Global tokens do."""
         return bool(self.global_tokens)
 
-    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def rule(self, length: int, device: torch.device) -> Sees:
         """Near, or one of the two global."""
-        near = (queries - keys).abs() <= self.reach
-        return near | self._is_global(queries) | self._is_global(keys) if self.global_tokens else near
-
-    def within(self, length: int, device: torch.device) -> Sees:
-        """The same."""
-        return self.sees
+        return self._sees
 
     def visits(self, extent: Extent) -> list[Visit]:
         """A tile of queries with its window and the global keys; what is left for global queries, tile by tile."""
-        side = min(extent.tile, max(64, self.reach // 2))
+        side = min(extent.tile, max(64, self.reach // 2 // TILE_STEP * TILE_STEP))
         return [visit for queries in ranges(extent.queries, side) for visit in self._of(queries, extent)]
 
     def _of(self, queries: slice, extent: Extent) -> Iterator[Visit]:
@@ -61,12 +56,16 @@ class Window:
         window = slice(max(0, first - self.reach), min(end, last + self.reach + 1))
         pieces = merged([window, *(slice(g, g + 1) for g in self.global_tokens if g < end)])
         furthest = max(last - window.start, window.stop - 1 - first)
-        yield Visit(queries, pieces, None if furthest <= self.reach else self.sees)
+        yield Visit(queries, pieces, None if furthest <= self.reach else self._sees)
         for token in self.global_tokens:
             if first <= token <= last:
                 own = slice(token - extent.offset, token - extent.offset + 1)
                 for rest in without(slice(0, end), pieces):
                     yield from (Visit(own, (piece,)) for piece in _shifted(rest, 4 * extent.tile))
+
+    def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        near = (queries - keys).abs() <= self.reach
+        return near | self._is_global(queries) | self._is_global(keys) if self.global_tokens else near
 
     def _is_global(self, indices: Tensor) -> Tensor:
         return reduce(or_, (indices == token for token in self.global_tokens))

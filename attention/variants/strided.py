@@ -22,13 +22,9 @@ class Strided:
     sdpa_below: int = 1024
     counts: bool = False
 
-    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def rule(self, length: int, device: torch.device) -> Sees:
         """Near, or in one column."""
-        return self._near(queries, keys) | ((queries - keys) % self.stride == 0)
-
-    def within(self, length: int, device: torch.device) -> Sees:
-        """The same."""
-        return self.sees
+        return lambda queries, keys: self._near(queries, keys) | ((queries - keys) % self.stride == 0)
 
     def visits(self, extent: Extent) -> list[Visit]:
         """Tiles along the diagonal, and one tile for each remainder: all that lie in its column."""

@@ -68,8 +68,7 @@ TRIALS = {
         "SmolLM2-135M-Instruct with LoRA, windows of 512 tokens. ",
     ),
     "classification-long": Trial(
-        # Updates, not a draw of rows, which might leave out a label.
-        ("data.max_eval_samples=200", "train.batch_size=8", "train.max_steps=36"),
+        ("train.batch_size=8", "train.num_train_epochs=1"),
         {
             FULL: ("model.max_length=512",),
             "sliding_window and [CLS]": ("attention.reach=128", "attention.global_tokens=[0]", WHOLE),
@@ -84,9 +83,7 @@ ROWS = list(dict.fromkeys(row for trial in TRIALS.values() for row in trial.plan
 
 def measure(
     task: Annotated[list[str] | None, some_of(TRIALS)] = None,
-    variant: Annotated[
-        list[str] | None, some_of(dict.fromkeys(row for trial in TRIALS.values() for row in trial.plans))
-    ] = None,
+    variant: Annotated[list[str] | None, some_of(ROWS)] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     keep: Annotated[Path | None, typer.Option(help="Store runs here as they end, and use those there.")] = None,
     write: Write = None,

@@ -56,9 +56,9 @@ def measure(
     typer.echo(text)
     if write is None:
         return
-    options = [f" --lengths {length}" for length in lengths if lengths != LENGTHS]
+    options = [f" --lengths {length}" for length in ([] if lengths == LENGTHS else lengths)]
     options += [f" --variant {name}" for name in variant or ()]
-    options += [f" --device {device}" for _ in range(device != CPU)]
+    options += [] if device == CPU else [f" --device {device}"]
     command = f'make attention ARGS="speed{"".join(options)}"'
     machine = (
         {"device": processor(), "threads": "1"} if device == CPU else {"device": torch.cuda.get_device_name(device)}
@@ -80,9 +80,9 @@ def figures(name: str, length: int, dropout: float, device: str) -> dict[str, An
     """Time and memory of one variant, in this process, and what they are of."""
     variant, kernel = _attend_by(name, dropout, device), _attend_by(KERNEL, dropout, device)
     _step(variant, 64, device)  # what is imported and allocated once
-    before = peak_mib()
+    before = peak_mib(device)
     _step(variant, length, device)
-    memory, own, theirs = peak_mib() - before, [], []
+    memory, own, theirs = peak_mib(device) - before, [], []
     for _ in range(REPEATS):
         own.append(_step(variant, length, device))
         theirs.append(_step(kernel, length, device))
