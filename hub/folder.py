@@ -108,6 +108,8 @@ def get(folder: Path, revision: str, target: Path) -> None:
     Raises:
         UserError: There is none of this name, or it is not as it was pushed.
     """
+    if not folder.is_dir():
+        raise UserError("no such folder", where=str(folder), expected="one that models were pushed to")
     version = (folder / revision).resolve()  # what was looked at is what is copied, wherever main is by then
     if not (version / MANIFEST).is_file():
         there = sorted(path.name for path in folder.glob("*") if path.is_symlink())

@@ -69,7 +69,7 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
         footprint=footprint,
         memory=memory,
         most_examples=footprint.most_examples(memory),
-        batch_size=config.train.batch_size,
+        batch_size=min(config.train.batch_size, len(lengths)),
         steps=schedule.total_steps,
         longest=int(lengths.max()),
     )

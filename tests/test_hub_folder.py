@@ -37,6 +37,8 @@ def test_versions_tags_and_the_way_back(tmp_path, given):
     assert (shelf / "main/deep/a").read_text() == "3", "and nothing was pushed"
     with pytest.raises(UserError, match="no version 'v9'"):
         hub.get(shelf, "v9", tmp_path / "none")
+    with pytest.raises(UserError, match="no such folder"):
+        hub.get(tmp_path / "nowhere", "main", tmp_path / "none")
 
 
 def test_what_is_copied_out_is_one_version(tmp_path, given, monkeypatch):
