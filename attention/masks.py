@@ -104,6 +104,13 @@ class LazyMask(BlockMask):
         return self.rule is bidirectional_mask_function
 
     @property
+    def needs_table(self) -> bool:
+        """Whether torch's kernel needs a table to know what is seen: all keys, or all up to the query, need none."""
+        _, _, queries, keys = self._size
+        has_corner = self.q_offset == self.kv_offset and queries == keys
+        return self.padding_BM is not None or not (self.only_padding or (self.causal and has_corner))
+
+    @property
     def is_by_row(self) -> bool:
         """Whether rows may differ in what they see, as far as that is known without asking for each pair."""
         has_padding = self.padding_BM is not None or self.starts_B is not None

@@ -51,7 +51,12 @@ class Pattern(Protocol):
 
     @property
     def sdpa_below(self) -> int:
-        """Keys up to which torch's own kernel over the whole table is taken."""
+        """Keys up to which torch's own kernel over the whole table is taken; 0 for never taking it."""
+        ...
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every pair counts."""
         ...
 
     @property

@@ -33,8 +33,9 @@ class Tiled(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
         """BHND of BHND, BKMD and BKMD; see ``attention.variant.Variant``."""
         plain = not scoring.dropout and scoring.softcap is None and scoring.bias is None
-        if plain and key.shape[2] <= self.pattern.sdpa_below:
-            return self._by_sdpa(query, key, value, mask, scoring.scaling)
+        no_table = self.pattern.is_full and not mask.needs_table
+        if plain and (key.shape[2] <= self.pattern.sdpa_below or (no_table and self.pattern.sdpa_below)):
+            return self._by_sdpa(query, key, value, mask, scoring.scaling, no_table=no_table)
         out = by_flex(query, key, value, mask, self.pattern, scoring)
         return tiles(query, key, value, mask, self.pattern, scoring) if out is None else out
 
@@ -50,12 +51,15 @@ class Tiled(nn.Module):
         """The pattern."""
         return str(self.pattern)
 
-    def _by_sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scaling: float) -> Tensor:
-        allowed = seen_pairs(self.pattern, mask, query.device)
+    def _by_sdpa(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scaling: float, *, no_table: bool
+    ) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         attend = partial(scaled_dot_product_attention, query, key, value, scale=scaling, enable_gqa=grouped)
-        if allowed is None:
-            return attend()
+        if no_table:
+            return attend(is_causal=mask.causal)
+        allowed = seen_pairs(self.pattern, mask, query.device)
+        assert allowed is not None
         # Of a row that sees nothing torch's kernels give NaN or a mean, by the kernel; the engine gives zeros.
         blind = ~allowed.any(-1, keepdim=True)
         return attend(attn_mask=allowed | blind).masked_fill(blind, 0.0)

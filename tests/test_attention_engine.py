@@ -7,7 +7,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from attention_samples import NEUTRAL, NO_PATTERN, counted_pairs, each_sample, make, make_mask, make_tensors, stir
+from attention_samples import (
+    NEUTRAL,
+    NO_PATTERN,
+    Largest,
+    counted_pairs,
+    each_sample,
+    make,
+    make_mask,
+    make_tensors,
+    stir,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -47,7 +57,9 @@ def compare(variant, tensors, mask, scoring):
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize(("name", "settings"), PATTERNS)
-def test_every_pattern_is_attention_over_its_pairs(name, settings, dtype):
+def test_every_pattern_is_attention_over_its_pairs(name, settings, dtype, monkeypatch):
+    if dtype == torch.float64:  # several tiles to each row of queries, where blockwise has but one of them
+        monkeypatch.setattr("attention.pattern.tile_side", lambda tables: 32)
     variant = make(name, settings)
     kinds = itertools.product((False, True), (150, 200), ("none", "vector", "table"), (None, 2.0))
     for causal, keys, kind, cap in kinds:
@@ -144,6 +156,25 @@ def test_short_texts_go_through_torchs_kernel_with_the_same_result(name, setting
     torch.testing.assert_close(short, tiled, rtol=0, atol=1e-12)
     for grads in zip(*(torch.autograd.grad(out.square().sum(), tensors) for out in (short, tiled)), strict=True):
         torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_where_no_table_is_needed_torchs_kernel_takes_long_texts(causal, monkeypatch):
+    monkeypatch.setattr("attention.tiled.tiles", None)
+    tensors, mask = make_tensors(1, queries=1100, keys=1100), make_mask(1, 1100, 1100, causal=causal, padding=False)
+    with Largest() as largest:
+        out = make("blockwise", {}, tiled=False)(*tensors, mask, Scoring(0.3))
+    assert largest.elements < 1100 * 1100
+    assert (out - dense_attention(*tensors, mask.table(CPU), Scoring(0.3))).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("queries", [1, 150])
+def test_behind_a_cache_long_texts_are_seen_up_to_the_query(queries):
+    """torch's kernel would put the corner of its triangle at the first key."""
+    tensors = make_tensors(1, queries=queries, keys=1100)
+    mask = make_mask(1, queries, 1100, causal=True, padding=False)
+    out = make("blockwise", {}, tiled=False)(*tensors, mask, Scoring(0.3))
+    assert (out - dense_attention(*tensors, mask.table(CPU), Scoring(0.3))).abs().max() <= 1e-12
 
 
 def test_the_backward_pass_is_the_derivative():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Blocks:
     horizon: int
     seed: tuple[int, ...]
     sdpa_below: int = 1024
+    is_full: ClassVar[bool] = False
     counts: bool = True
 
     def rule(self, length: int, device: torch.device) -> Sees:

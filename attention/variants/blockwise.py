@@ -7,6 +7,7 @@ table of N x M; this does not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,7 @@ class Everything:
     """Every pair counts."""
 
     sdpa_below: int = 1024
+    is_full: ClassVar[bool] = True
     counts: bool = False
 
     def rule(self, length: int, device: torch.device) -> None:

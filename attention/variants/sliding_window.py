@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Window:
     reach: int
     global_tokens: tuple[int, ...] = ()
     sdpa_below: int = 1024
+    is_full: ClassVar[bool] = False
 
     @property
     def counts(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Strided:
 
     stride: int
     sdpa_below: int = 1024
+    is_full: ClassVar[bool] = False
     counts: bool = False
 
     def rule(self, length: int, device: torch.device) -> Sees:
