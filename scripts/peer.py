@@ -233,13 +233,14 @@ def run_side(
     """Train one side and report.
 
     Args:
-        warmup: Updates before the clock starts.
+        warmup: Updates before the clock starts, or all but one of a run that has no more.
         update: Where to store by how much training moved the parameters.
         scored: Whether to score the last model on the test split.
 
     Returns:
         ``seconds``, ``examples_per_second``, ``tokens_per_second``, ``peak_mib``, ``metrics`` and the circumstances.
     """
+    warmup = min(warmup, parts.total_steps - 1)
     watch = Stopwatch(warmup, parts.total_steps - warmup)
     before = _flat(parts.loaded.model) if update else None
     train = train_heedful if side == "heedful" else _trainer(defaults=side == "trainer-defaults")
@@ -252,7 +253,7 @@ def run_side(
         "side": side,
         "task": parts.task.name,
         "seed": parts.config.seed,
-        "steps": watch.steps,
+        "steps": parts.total_steps,
         "seconds": watch.seconds,
         "tokens_per_second": tokens_per_second,
         # A few updates' examples may be longer or shorter than the rest; their tokens are what takes the time.

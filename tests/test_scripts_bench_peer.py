@@ -61,7 +61,7 @@ def sides_here(monkeypatch, tmp_path):
 def test_whole_runs_of_both_sides_see_the_same_tokens_and_take_turns(config, sides_here):
     section = bench_peer.measure_quality(config, Settings(1, 5, 1, 2, ()))
     assert sides_here == ["heedful", "trainer", "trainer", "heedful"]
-    assert [report["steps"] for report in section.reports] == [17] * 4  # two epochs of nine, one update to warm up
+    assert [report["steps"] for report in section.reports] == [18] * 4  # two epochs of nine
     assert all(0 <= report["metrics"]["accuracy"] <= 1 and report["peak_mib"] > 10 for report in section.reports)
     assert "heedful, test accuracy" in section.tables
 
