@@ -45,7 +45,7 @@ def test_each_variant_is_measured_or_said_to_be_left_out(monkeypatch, tmp_path):
     page = (tmp_path / "exactness.md").read_text()
     assert "device: " in page
     for name in VARIANTS:
-        assert (f"| {exactness.settings_of(name)} |" in page) != (f"{name}, whose" in page)
+        assert (f"| {exactness.settings_of(name)} |" in page) != (f"{name}, which" in page)
 
 
 def test_a_wrong_variant_is_far_off(monkeypatch):

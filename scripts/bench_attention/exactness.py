@@ -1,4 +1,4 @@
-"""How far each variant is from attention written out over the same pairs, as the table of its weights times the values.
+"""How far each variant is from its attention written out: mostly the table of its weights times the values.
 
 What is written out is computed in fp64, of the tensors as they are after rounding to the type that is measured.
 """
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import typer
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from attention import VARIANTS
+from attention.masks import LazyMask
+from attention.reference import dense_attention
 from attention.scoring import Scoring
 from scripts.bench_attention.subjects import HEADS, WIDTH, Write, draw, make_mask, make_variant, settings_of
 from scripts.reporting import processor, table, versions, write_page
@@ -21,14 +23,53 @@ from scripts.reporting import processor, table, versions, write_page
 LENGTH, ROWS, PADDING = 1500, 2, 300
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 COMPARABLE = 1e-9
-LEFT_OUT = {
-    "linformer": "whose weights are those of slots, not of tokens",
-    "additive": "whose table of weights is its own work",
-    "lsh": "whose table of weights is its own work",
-    "grouped_query": "whose values are means, too",
-}
-"""Without a table that is written out and is the output times the values: the tests hold each to its formula."""
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+LEFT_OUT = {"additive": "which would fill a table of N x M x D"}
+"""The tests hold it to its formula, of shorter texts."""
+
+
+def _by_weights(variant: Any, rounded: Sequence[Tensor], mask: LazyMask, scoring: Scoring) -> Attend:
+    return lambda q, k, v: variant.weights(q, k, mask, scoring) @ v
+
+
+def _by_means(variant: Any, rounded: Sequence[Tensor], mask: LazyMask, scoring: Scoring) -> Attend:
+    """Full attention over key/value heads that are the means of some."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.view(len(x), variant.kv_heads, -1, *x.shape[2:]).mean(2) for x in (k, v))
+        return dense_attention(q, k, v, mask.table(q.device), scoring)
+
+    return attend
+
+
+def _by_slots(variant: Any, rounded: Sequence[Tensor], mask: LazyMask, scoring: Scoring) -> Attend:
+    """Linformer's slots, row by row over its real tokens: each the mean of those at home there, for as many."""
+
+    def of_row(q_HND: Tensor, k_HMD: Tensor, v_HMD: Tensor) -> Tensor:
+        home_SM = one_hot(variant.home_L[: k_HMD.shape[1]]).T
+        counts_S = home_SM.sum(1).double()
+        E_SM, F_SM = ((x[: len(home_SM), : home_SM.shape[1]] / counts_S[:, None]) for x in (variant.E, variant.F))
+        scores_HNS = q_HND @ (E_SM @ k_HMD).mT * scoring.scaling + counts_S.log()
+        out_HND: Tensor = scores_HNS.softmax(-1) @ (F_SM @ v_HMD)
+        return out_HND
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert mask.padding_BM is not None
+        lengths = mask.padding_BM.sum(1).tolist()
+        return torch.stack([of_row(q[b], k[b, :, :length], v[b, :, :length]) for b, length in enumerate(lengths)])
+
+    return attend
+
+
+def _by_own_pairs(variant: Any, rounded: Sequence[Tensor], mask: LazyMask, scoring: Scoring) -> Attend:
+    """Full attention over the pairs that hashes of tensors so rounded lead to: others where two are near a tie."""
+    with torch.no_grad():
+        pairs_BHNM = variant.weights(*rounded[:2], mask, scoring) > 0
+    return lambda q, k, v: dense_attention(q, k, v, pairs_BHNM, scoring)
+
+
+WRITTEN_OUT = {"linformer": _by_slots, "lsh": _by_own_pairs, "grouped_query": _by_means}
+"""Those whose table of weights is no table of tokens, or is their own work."""
 
 
 def measure(write: Write = None) -> None:
@@ -69,14 +110,13 @@ def distances(name: str, kind: str) -> dict[str, float]:
     exact = [tensor.double() for tensor in rounded]
     variant: Any = make_variant(name)
     variant.double()
-    expected = _learn(lambda q, k, v: variant.weights(q, k, mask, scoring) @ v, exact, real_BN)
-    with torch.no_grad():
-        pairs_BHNM = variant.weights(exact[0], exact[1], mask, scoring) > 0
+    expected = _learn(WRITTEN_OUT.get(name, _by_weights)(variant, rounded, mask, scoring), exact, real_BN)
+    sides: dict[str, Attend] = {"": lambda q, k, v: variant(q, k, v, mask, scoring)}
+    if name not in WRITTEN_OUT:
+        with torch.no_grad():
+            pairs_BHNM = variant.weights(exact[0], exact[1], mask, scoring) > 0
+        sides["kernel_"] = lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=pairs_BHNM)
     variant.to(TYPES[kind])
-    sides: dict[str, Attend] = {
-        "": lambda q, k, v: variant(q, k, v, mask, scoring),
-        "kernel_": lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=pairs_BHNM),
-    }
     found: dict[str, float] = {}
     for side, attend in sides.items():
         learned = zip(_learn(attend, rounded, real_BN), expected, strict=True)
@@ -96,5 +136,5 @@ def _learn(attend: Attend, tensors: Sequence[Tensor], real_BN: Tensor) -> list[T
 
 def _shown(report: dict[str, Any], exact: dict[str, Any], what: str) -> str:
     """Nothing of the kernel where its mask can not say which pairs count by how much."""
-    comparable = not what.startswith("kernel") or exact["kernel_output"] < COMPARABLE
+    comparable = not what.startswith("kernel") or exact.get("kernel_output", 1.0) < COMPARABLE
     return f"{report[what]:.0e}" if comparable else ""

@@ -22,6 +22,7 @@ HEADS, WIDTH, LONGEST = 4, 64, 2**14
 SETTINGS: dict[str, dict[str, Any]] = {
     "sliding_window": {"reach": 256},
     "local_global": {"reach": 256},
+    "linformer": {"k": 256},
     "adaptive_span": {"max_span": 224},
     "grouped_query": {"kv_heads": 2},
 }
