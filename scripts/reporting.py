@@ -21,14 +21,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def interval95(values: Sequence[float]) -> str:
-    """Student's interval of the mean, in words; nothing for a single value."""
+def half_interval95(values: Sequence[float]) -> float | None:
+    """Half of the width of Student's interval of the mean; None for a single value."""
     if len(values) < 2:
-        return ""
+        return None
     from scipy.stats import t
 
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"95 % interval {mean(values) - half:+.4f} to {mean(values) + half:+.4f}"
+    half: float = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return float(half)
+
+
+def interval95(values: Sequence[float]) -> str:
+    """The interval in words; nothing for a single value."""
+    half = half_interval95(values)
+    return "" if half is None else f"95 % interval {mean(values) - half:+.4f} to {mean(values) + half:+.4f}"
 
 
 def processor() -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from attention import VARIANTS
 from pipelines import config
-from scripts.bench_attention import duplicate, exactness, pages, quality, speed
+from scripts.bench_attention import duplicate, exactness, pages, quality, speed, summary
 
 DOCS = Path(__file__).parent.parent / "docs/attention"
 
@@ -111,6 +111,11 @@ def test_every_variant_has_a_page_that_takes_its_figures(tmp_path):
         assert page.count("| 4,096 tokens | 0.41 | 50 |") == 1
         assert page.count("| fp32 | 9e-07 | 1e-06 |") == 1
         assert page.count("- ner, strided: f1 0.4000, full 0.5000") == 1
+    summary.measure(tmp_path)
+    row = next(line for line in (tmp_path / "summary.md").read_text().splitlines() if "[strided]" in line)
+    assert row.startswith("| [strided](strided.md) | 9e-07, 1e-06 | 0.41 |  |")
+    assert "-0.1000" in row
+    assert (tmp_path / "quality.svg").is_file()
     assert "tokens |" not in (tmp_path / "full.md").read_text()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from scripts.bench_attention import duplicate, exactness, pages, quality, speed
+from scripts.bench_attention import duplicate, exactness, pages, quality, speed, summary
 from scripts.bench_attention.subjects import FOLDER
 
 MEASUREMENTS: dict[str, Callable[..., None]] = {
@@ -15,6 +15,7 @@ MEASUREMENTS: dict[str, Callable[..., None]] = {
     "duplicate": duplicate.measure,
     "quality": quality.measure,
     "pages": pages.measure,
+    "summary": summary.measure,
 }
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the attention variants.")
 app.command(speed.ONE, hidden=True)(speed.measure_one)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from attention import VARIANTS
-from scripts.bench_attention.subjects import FOLDER, Write, settings_of
-from scripts.reporting import replace_section, table
+from scripts.bench_attention.quality import FULL, differences_of, scores
+from scripts.bench_attention.subjects import FOLDER, Write, settings_of, stored
+from scripts.reporting import interval95, replace_section, table
 
 
 def measure(write: Write = None) -> None:
@@ -21,7 +20,7 @@ def measure(write: Write = None) -> None:
 
 
 def _measured(name: str, folder: Path) -> str:
-    reports = _reports(folder / "speed.json")
+    reports = stored(folder / "speed.json")
     rows = [
         [f"{r['length']:,} tokens{', dropout' * bool(r['dropout'])}", f"{r['ratio']:.2f}", f"{r['mib']:,.0f}"]
         for r in reports
@@ -32,7 +31,7 @@ def _measured(name: str, folder: Path) -> str:
 
 
 def _exactness(name: str, folder: Path) -> str:
-    own = [report for report in _reports(folder / "exactness.json") if report["variant"] == name]
+    own = [report for report in stored(folder / "exactness.json") if report["variant"] == name]
     rows = [[report["type"], f"{report['output']:.0e}", f"{report['gradient']:.0e}"] for report in own]
     shown = table(["greatest difference from attention written out", "output", "gradient"], rows)
     return f"{shown}\n\n[How, and beside the others](exactness.md)" if rows else ""
@@ -41,14 +40,12 @@ def _exactness(name: str, folder: Path) -> str:
 def _quality(name: str, folder: Path) -> str:
     lines = []
     for path in sorted(folder.glob("quality-*.json")):
-        reports = _reports(path)
+        reports = stored(path)
         for row, runs in reports.items():
             if row.partition(" ")[0] == name:
-                headline = runs[0]["headline"]
-                own, full = (mean(run["metrics"][headline] for run in group) for group in (runs, reports["full"]))
-                lines.append(f"- {path.stem.removeprefix('quality-')}, {row}: {headline} {own:.4f}, full {full:.4f}")
+                trial, headline = path.stem.removeprefix("quality-"), runs[0]["headline"]
+                own, full = (mean(scores(group)) for group in (runs, reports[FULL]))
+                between = interval95(differences_of(runs, reports[FULL])) if name != FULL else ""
+                beside = f"; difference: {between}" if between else ""
+                lines.append(f"- {trial}, {row}: {headline} {own:.4f}, full {full:.4f}{beside}")
     return "\n".join(lines)
-
-
-def _reports(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))["reports"] if path.is_file() else []

@@ -16,6 +16,8 @@ from scripts.reporting import interval95, processor, table, versions, write_page
 from tasks.protocol import LOWER_IS_BETTER
 
 FULL = "full"
+Runs = Sequence[Mapping[str, Any]]
+"""The reports of one row, by seed."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,11 @@ def measure(
             write_page(write / f"quality-{name}.md", f"Quality, {name}", facts, text, {"reports": reports})
 
 
-def quality_table(
-    reports: Mapping[str, Sequence[Mapping[str, Any]]], plans: Mapping[str, Sequence[str]], about: str = ""
-) -> str:
+def quality_table(reports: Mapping[str, Runs], plans: Mapping[str, Sequence[str]], about: str = "") -> str:
     """The mean of the test metric, and what each seed differs by from full attention with the same seed."""
-    headline = reports[FULL][0]["headline"]
-    scores = {name: [report["metrics"][headline] for report in runs] for name, runs in reports.items()}
-    rows = []
-    for name, own in scores.items():
-        differences = [one - full for one, full in zip(own, scores[FULL], strict=True)]
+    headline, rows = reports[FULL][0]["headline"], []
+    for name, runs in reports.items():
+        own, differences = scores(runs), differences_of(runs, reports[FULL])
         shown = "" if name == FULL else f"{mean(differences):+.4f} ({interval95(differences)})"
         settings = " ".join(setting.removeprefix("attention.") for setting in plans[name])
         rows.append([name, settings, f"{mean(own):.4f}", f"{min(own):.4f}", f"{max(own):.4f}", shown])
@@ -126,6 +124,16 @@ def quality_table(
     better, worse = ("below", "above") if headline in LOWER_IS_BETTER else ("above", "below")
     sign = f"A difference {better} 0 is better than full attention with the same seed, {worse} 0 worse."
     return f"{about}{sign}\n\n{table(header, rows)}"
+
+
+def scores(runs: Runs) -> list[float]:
+    """The test metric of each seed."""
+    return [run["metrics"][run["headline"]] for run in runs]
+
+
+def differences_of(runs: Runs, full: Runs) -> list[float]:
+    """What each seed differs by from full attention with the same seed."""
+    return [one - other for one, other in zip(scores(runs), scores(full), strict=True)]
 
 
 def _run(name: str, trial: Trial, row: str, seed: int, keep: Path | None) -> dict[str, Any]:

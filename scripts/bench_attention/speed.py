@@ -65,7 +65,7 @@ def measure(
     )
     facts = {"command": command, **machine, **versions(["torch"])}
     path = write / ("speed.md" if device == CPU else f"speed-{device}.md")
-    page = f"{text}\n\n![time by length]({path.stem}.svg)"
+    page = f"{text}\n\n![time and memory by length]({path.stem}.svg)"
     write_page(path, "Time and memory", facts, page, {"reports": reports})
     draw_times(reports, path.with_suffix(".svg"))
 
@@ -119,26 +119,31 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_times(reports: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time by length, both by powers of two, a line a variant."""
+    """Time and memory by length, all by powers of two, a line a variant."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     plain = [report for report in reports if not report["dropout"] and not report.get("refused")]
     colour = colormaps["tab20"]
-    for number, name in enumerate(dict.fromkeys(report["variant"] for report in plain)):
-        points = sorted((r["length"], r["milliseconds"]) for r in plain if r["variant"] == name)
-        style = {"color": "black", "linewidth": 2.5} if name == KERNEL else {"color": colour(number), "marker": "."}
-        axes.plot(*zip(*points, strict=True), label=settings_of(name), **style)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(sorted({r["length"] for r in plain}), [f"{n:,}" for n in sorted({r["length"] for r in plain})])
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("time of a training step, ms")
-    axes.grid(alpha=0.3)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    figure.legend(loc="outside right upper", fontsize="small")  # beside the lines, of which it would hide some
+    names, lengths = list(dict.fromkeys(r["variant"] for r in plain)), sorted({r["length"] for r in plain})
+    panels = {"milliseconds": "time of a training step, ms", "mib": "memory of a training step, MiB"}
+    for axes, (measured, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for number, name in enumerate(names):
+            points = sorted((r["length"], r[measured]) for r in plain if r["variant"] == name)
+            style = {"color": "black", "linewidth": 2.5} if name == KERNEL else {"color": colour(number), "marker": "."}
+            axes.plot(*zip(*points, strict=True), label=settings_of(name), **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    handles = axes.get_legend_handles_labels()
+    figure.legend(
+        *handles, loc="outside right upper", fontsize="small"
+    )  # beside the lines, of which it would hide some
     figure.savefig(path)
 
 

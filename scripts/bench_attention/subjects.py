@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,11 @@ def some_of(names: Iterable[str]) -> Any:
 def settings_of(name: str) -> str:
     """As a table shows them."""
     return " ".join([name, *(f"{key}={value}" for key, value in SETTINGS.get(name, {}).items())])
+
+
+def stored(path: Path) -> Any:
+    """The reports of a measurement; none of one that was not made."""
+    return json.loads(path.read_text(encoding="utf-8"))["reports"] if path.is_file() else {}
 
 
 def make_variant(name: str) -> Variant:
