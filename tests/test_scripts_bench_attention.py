@@ -119,6 +119,33 @@ def test_every_variant_has_a_page_that_takes_its_figures(tmp_path):
     assert "tokens |" not in (tmp_path / "full.md").read_text()
 
 
+BARS = {
+    "sliding_window": 0.40,
+    "block_sparse": 0.30,
+    "strided": 0.40,
+    "linformer": 0.15,
+    "lsh": 0.50,
+    "adaptive_span": 0.90,
+}
+"""Time at 4,096 tokens as a share of torch's kernel's; all cost at most 2.4 times as much at twice the length."""
+NOISE = 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bar"), BARS.items())
+def test_time_keeps_within_its_bar_and_grows_with_the_length(name, bar):
+    found, twice = (speed._in_process(name, length, 0.0, "cpu") for length in (4096, 8192))
+    assert found["ratio"] <= bar * NOISE
+    assert twice["milliseconds"] <= 2.4 * NOISE * found["milliseconds"]
+
+
+@pytest.mark.slow
+def test_blockwise_with_dropout_keeps_no_table():
+    kernel, own = (speed._in_process(name, 4096, 0.1, "cpu") for name in ("sdpa", "blockwise"))
+    assert own["ratio"] <= 0.55 * NOISE
+    assert own["mib"] <= kernel["mib"] / 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "sliding_window, reach 32", "sliding_window, reach 8", "strided, stride 8"])
 def test_what_can_copy_copies_and_what_can_not_does_not(name):
