@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_samples import make, make_mask, make_tensors, swap
 from tiny_families import make_model
+from torch.autograd import gradcheck
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function
 
@@ -79,6 +80,13 @@ def test_each_query_attends_to_the_union_of_its_clusters(causal, settings):
     for a, b in zip(*(torch.autograd.grad(out, tensors, grad) for out in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_backward_pass_is_the_derivative(causal):
+    variant = make_variant({"cluster_size": 2, "rounds": 2, "buckets": 4}, causal=causal)
+    tensors, mask = make_tensors(1, queries=12, keys=12, width=3), make_mask(1, 12, 12, causal=causal, padding=False)
+    assert gradcheck(lambda q, k, v: variant(q, k, v, mask, Scoring(0.3)), tensors)
 
 
 def test_one_cluster_that_holds_all_real_tokens_is_full_attention():
