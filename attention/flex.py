@@ -1,8 +1,8 @@
 """Patterns through FlexAttention, torch's compiled kernels for GPUs (Dong et al., arXiv 2412.05496).
 
-No kernel is taken on trust. The first time that it is asked for, it is held to the engine's tiles on what came by: its
-output, and its gradients where there are some. Where they differ, or nothing can be compiled, it is said and the tiles
-go on.
+No kernel is taken on trust. With the first two lengths that it is asked for, it is held to the engine's tiles on what
+came by: its output, and its gradients where there are some. Where they differ, or nothing can be compiled, it is said
+and the tiles go on.
 
 Shapes: B rows, H query heads, K key/value heads, N queries, M keys, D head size.
 """
@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
@@ -37,13 +38,14 @@ logger = logging.getLogger("heedful.attention.flex")
 
 
 class Kernel(NamedTuple):
-    """What kernels are compiled for; a length is not among it."""
+    """What kernels are compiled for, but for lengths: from the second on torch has one for all."""
 
     pattern: Pattern
-    causal: bool
-    only_padding: bool
+    rule: tuple[Any, ...]
     has_padding: bool
     has_starts: bool
+    is_shifted: bool
+    is_square: bool
     is_alone: bool
     softcap: bool
     trains: bool
@@ -59,8 +61,9 @@ class Kernel(NamedTuple):
         return f"attention: FlexAttention for {self.pattern} in {str(self.dtype).removeprefix('torch.')}"
 
 
-_RIGHT: dict[Kernel, bool] = {}
-"""What was found of each, in this process."""
+_RIGHT: dict[Kernel, set[tuple[int, int]]] = {}
+"""Of each kernel N and M, in this process, with which it was tried and right: two will do."""
+_WRONG: set[Kernel] = set()
 
 
 def by_flex(
@@ -82,7 +85,11 @@ def by_flex(
         return None
     kernel = Kernel(
         pattern,
-        *(mask.causal, mask.only_padding, mask.padding_BM is not None, mask.starts_B is not None),
+        rule=_codes(mask.rule),
+        has_padding=mask.padding_BM is not None,
+        has_starts=mask.starts_B is not None,
+        is_shifted=mask.q_offset != mask.kv_offset,
+        is_square=query.shape[2] == key.shape[2],
         is_alone=len(query) == 1,
         softcap=scoring.softcap is not None,
         trains=torch.is_grad_enabled(),
@@ -92,19 +99,28 @@ def by_flex(
         key_heads=key.shape[1],
         width=query.shape[-1],
     )
-    if kernel not in _RIGHT:
-        _RIGHT[kernel] = _is_right(kernel, query, key, value, mask, scoring)
+    tried, lengths = _RIGHT.setdefault(kernel, set()), (query.shape[2], key.shape[2])
+    if kernel not in _WRONG and len(tried) < 2 and lengths not in tried:
+        if _is_right(kernel, query, key, value, mask, scoring):
+            tried.add(lengths)
+        else:
+            _WRONG.add(kernel)
+    if kernel in _WRONG:
+        return None
     try:
-        return _flex(query, key, value, mask, pattern, scoring) if _RIGHT[kernel] else None
-    except (TorchDynamoException, FailOnRecompileLimitHit) as reason:  # of a length that wants another compilation
-        _RIGHT[kernel] = _say_failed(kernel, reason)
+        return _flex(query, key, value, mask, pattern, scoring)
+    except (TorchDynamoException, FailOnRecompileLimitHit) as reason:  # a later length may want another compilation
+        _say_failed(kernel, reason)
+        _WRONG.add(kernel)
         return None
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, pattern: Pattern, scoring: Scoring) -> Tensor:
     if pattern not in mask.block_masks:  # one for all layers, and for what is computed again
         mask.block_masks[pattern] = _make_blocks(mask, pattern, query.device)
-    with torch.autocast(query.device.type, enabled=False):
+    # Both passes are compiled here, where what fails can be left to the tiles; later it could not.
+    eagerly = functorch.patch(force_non_lazy_backward_lowering=True)
+    with eagerly, torch.autocast(query.device.type, enabled=False):
         out: Tensor = _compiled(flex_attention, pattern)(
             query.to(value.dtype),  # rotated in fp32 under autocast, where values are not
             key.to(value.dtype),
@@ -126,7 +142,7 @@ def _compiled(function: Callable[..., Any], pattern: Pattern) -> Callable[..., A
 
 def _scored(scoring: Scoring, like: Tensor) -> Callable[..., Tensor]:
     """Scaled and capped, by tensors: numbers would be compiled in, or fail to."""
-    number = partial(torch.tensor, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    number = partial(torch.full, (), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     scaling = number(scoring.scaling)
 
     def scaled(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -170,18 +186,15 @@ def _allows(mask: LazyMask, pattern: Pattern, device: torch.device) -> Callable[
 
 
 def _is_right(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> bool:
-    """On the whole of what came by, and on half of it: for a second length torch compiles one for all lengths."""
-    texts, half = [(mask, query, key, value)], slice(0, query.shape[2] // 2)
-    if half.stop >= FEWEST and query.shape[2] == key.shape[2]:
-        texts.append((mask.part(half, half), query[:, :, half], key[:, :, half], value[:, :, half]))
     try:
         # Not the hooks of whatever asked first: activation checkpointing would take these tensors for its own.
         with saved_tensors_hooks(lambda x: x, lambda x: x):
-            error = float(torch.stack([_error(kernel, *text, scoring) for text in texts]).max())
+            error = _largest_error(kernel, query, key, value, mask, scoring)
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:  # compilers raise what they like
-        return _say_failed(kernel, reason)
+        _say_failed(kernel, reason)
+        return False
     if not error <= LARGEST_ERROR[kernel.dtype]:  # so is NaN
         logger.warning("%s is off by %.1g of the largest number: the engine's tiles are taken", kernel.name, error)
         return False
@@ -189,21 +202,30 @@ def _is_right(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: L
     return True
 
 
-def _say_failed(kernel: Kernel, reason: Exception) -> bool:
+def _say_failed(kernel: Kernel, reason: Exception) -> None:
     first = str(reason).strip().split("\n")[0]
     logger.warning("%s: %s: %s; the engine's tiles are taken", kernel.name, type(reason).__name__, first)
-    return False
 
 
-def _error(kernel: Kernel, mask: LazyMask, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-    """The largest of output and gradients, as a share of the largest number there; NaN if there is one."""
+def _largest_error(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring
+) -> float:
+    """Of output and gradients, as a share of the largest number in each; NaN if there is one."""
     results = []
     for attend in (_flex, tiles):
         q, k, v = (x.detach().requires_grad_(kernel.trains) for x in (query, key, value))
         out = attend(q, k, v, mask, kernel.pattern, scoring)
         grads = torch.autograd.grad(out, [q, k, v], _like_noise(out)) if kernel.trains else ()
         results.append([out.detach(), *grads])
-    return torch.stack([((a - b).abs().max() / b.abs().max()).float() for a, b in zip(*results, strict=True)]).max()
+    shares = [((a - b).abs().max() / b.abs().max()).float() for a, b in zip(*results, strict=True)]
+    return float(torch.stack(shares).max())
+
+
+def _codes(rule: Any) -> tuple[Any, ...]:
+    """What a rule is made of, and the rules within it: torch compiles for these, and for numbers in them anew."""
+    held = [cell.cell_contents for cell in rule.__closure__ or ()]
+    rules = [x for part in held for x in (part if isinstance(part, tuple) else (part,)) if hasattr(x, "__code__")]
+    return (rule.__code__, *map(_codes, rules))
 
 
 def _like_noise(x: Tensor) -> Tensor:

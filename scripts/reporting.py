@@ -27,8 +27,7 @@ def half_interval95(values: Sequence[float]) -> float | None:
         return None
     from scipy.stats import t
 
-    half: float = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return float(half)
+    return float(t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
 
 
 def interval95(values: Sequence[float]) -> str:

@@ -5,6 +5,7 @@ are held here to the tiles by torch's own uncompiled form of them, and the forwa
 """
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention import flex_attention as torchs
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel
-from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from attention import flex
 from attention.masks import LazyMask
@@ -33,6 +39,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(flex, "_compiled", lambda function, pattern: function)
     monkeypatch.setattr(flex, "DEVICES", ("cpu",))
     monkeypatch.setattr(flex, "_RIGHT", {})
+    monkeypatch.setattr(flex, "_WRONG", set())
 
 
 def packed(queries=150, keys=150):
@@ -43,20 +50,26 @@ def packed(queries=150, keys=150):
     return LazyMask(batch_size=2, q_length=queries, kv_length=keys, mask_function=rule)
 
 
+def sliding(tokens=150):
+    """A model's own window."""
+    rule = sliding_window_causal_mask_function(40)
+    return LazyMask(batch_size=2, q_length=tokens, kv_length=tokens, mask_function=rule)
+
+
 MASKS = {
     "padded": make_mask,
-    "causal, padded": lambda: make_mask(causal=True),
-    "whole": lambda: make_mask(padding=False),
-    "causal, behind a cache": lambda: make_mask(keys=170, causal=True),
+    "causal, padded": partial(make_mask, causal=True),
+    "whole": partial(make_mask, padding=False),
+    "causal, behind a cache": partial(make_mask, keys=170, causal=True),
     "packed": packed,
 }
 
 
-def both(pattern, make_one, scoring, device="cpu", dtype=torch.float64):
+def both(pattern, make_one, scoring, device="cpu", dtype=torch.float64, tokens=150):
     """Output and gradients, by FlexAttention and by the tiles."""
     for attend in (flex._flex, tiles):
         mask = make_one()
-        tensors = make_tensors(keys=mask.shape[3], width=16, dtype=dtype)
+        tensors = make_tensors(queries=tokens, keys=mask.shape[3], width=16, dtype=dtype)
         tensors = [tensor.detach().to(device).requires_grad_() for tensor in tensors]
         out = attend(*tensors, mask, pattern, scoring)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out)
@@ -80,7 +93,7 @@ def test_a_variant_takes_it_where_it_was_right(name, settings, caplog):
     given = (*make_tensors(dtype=torch.float32), make_mask())
     with caplog.at_level(logging.INFO, "heedful"), torch.inference_mode():
         out = variant(*given, Scoring(0.3))
-    assert list(flex._RIGHT.values()) == [True]
+    assert list(flex._RIGHT.values()) == [{(150, 150)}]
     assert "taken" in caplog.text
     assert (out - tiles(*given, variant.pattern, Scoring(0.3))).abs().max() <= 5e-6
 
@@ -157,7 +170,7 @@ def test_it_may_be_tried_out_while_activations_are_recomputed(caplog):
     ours = torch.autograd.grad(out.sin().sum(), [query, key, value])
     expected = tiles(query, key, value, make_mask(), variant.pattern, Scoring(0.3))
     theirs = torch.autograd.grad(expected.sin().sum(), [query, key, value])
-    assert list(flex._RIGHT.values()) == [True], caplog.text
+    assert list(flex._RIGHT.values()) == [{(150, 150)}], caplog.text
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(ours, theirs, strict=True))
 
 
@@ -182,7 +195,7 @@ def test_a_model_takes_it_in_mixed_precision(family, monkeypatch):
             found = model(input_ids=ids, **uncached)[0]
         assert [kernel.dtype for kernel in flex._RIGHT] == [torch.bfloat16]
         exact = model(input_ids=ids, **uncached)[0]
-    assert all(flex._RIGHT.values())
+    assert not flex._WRONG
     assert (found - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
@@ -210,6 +223,21 @@ def test_each_kind_of_kernel_is_tried_out():
                 with torch.set_grad_enabled(trains):
                     variant(*make_tensors(rows, dtype=torch.float32), make_mask(rows, padding=padding), Scoring(0.3))
     assert len(flex._RIGHT) == 6
+    assert all(flex._RIGHT.values())
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_first_two_lengths_of_each_kind_of_mask_are_tried(kind, caplog):
+    variant = make("strided", {"stride": 16})
+    with caplog.at_level(logging.INFO, "heedful"):
+        for queries in (150, 200, 150, 260):
+            keys = queries + (20 if kind == "causal, behind a cache" else 0)
+            tensors = make_tensors(queries=queries, keys=keys, dtype=torch.float32)
+            variant(*tensors, MASKS[kind](queries=queries, keys=keys), Scoring(0.3))
+        variant(*make_tensors(dtype=torch.float32), sliding(), Scoring(0.3))
+    assert [len(lengths) for lengths in flex._RIGHT.values()] == [2, 1], "a rule of its own is a kernel of its own"
+    assert caplog.text.count(", taken") == 3
 
 
 @pytest.mark.slow
@@ -229,12 +257,11 @@ def test_its_forward_pass_compiles(name):
 @pytest.mark.parametrize("dtype", flex.LARGEST_ERROR, ids=str)
 @pytest.mark.parametrize(("name", "settings"), PATTERNS)
 def test_on_a_gpu_it_is_right_and_taken(name, settings, dtype):
-    variant = make(name, settings)
-    for causal in (False, True):
-        for tokens in (150, 200, 387):
-            tensors = make_tensors(queries=tokens, keys=tokens, width=16, dtype=dtype)
-            tensors = [tensor.detach().to(GPU).requires_grad_() for tensor in tensors]
-            mask = make_mask(queries=tokens, keys=tokens, causal=causal, device=GPU)
-            variant(*tensors, mask, Scoring(0.3)).sum().backward()
-    assert len(flex._RIGHT) > 0
-    assert all(flex._RIGHT.values())
+    pattern = make(name, settings).pattern
+    close = flex.LARGEST_ERROR[dtype]
+    for tokens in (150, 200, 387):
+        for causal in (False, True):
+            make_one = partial(make_mask, queries=tokens, keys=tokens, causal=causal, device=GPU)
+            (ours, grads), (theirs, expected) = both(pattern, make_one, Scoring(0.3), GPU, dtype, tokens)
+            for found, true in zip((ours, *grads), (theirs, *expected), strict=True):
+                assert (found - true).abs().max() <= close * true.abs().max()

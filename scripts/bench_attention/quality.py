@@ -67,7 +67,7 @@ TRIALS = {
         ("data.max_train_samples=4000", "train.num_train_epochs=2"), _plans(reach=4, block=4, slots=16, kv_heads=6)
     ),
     "generation": Trial(
-        # A pack would hold several texts in a row, which lsh refuses.
+        # A pack would hold several texts in a row, whose clusters lsh would share.
         ("data.max_train_samples=4", "data.max_eval_samples=2", "generation.packing=false"),
         _plans(reach=16, block=16, slots=None, kv_heads=1),
         "SmolLM2-135M-Instruct with LoRA on windows of 512 tokens of four articles, and the perplexity of two others; "

@@ -87,7 +87,7 @@ def draw_quality(folder: Path, path: Path) -> None:
 
 
 def _quality(runs: Mapping[str, Runs], name: str) -> str:
-    if not runs or name not in runs:
+    if name not in runs:
         return ""
     own = scores(runs[name])
     if name == FULL:
