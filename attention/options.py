@@ -159,6 +159,8 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
     def _short_forms(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {EVERYWHERE: {"variant": value}}
+        if isinstance(value, list) and all(isinstance(x, dict) and "place" in x for x in value):  # as ``stored``
+            return {x["place"]: {k: v for k, v in x.items() if k != "place"} for x in value}
         if isinstance(value, dict) and "variant" in value:
             return {EVERYWHERE: value}
         if isinstance(value, dict):
@@ -183,6 +185,11 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
     def _shortest(self) -> Any:
         plain = {place: options.model_dump(mode="json") for place, options in self.root.items()}
         return plain[EVERYWHERE] if list(plain) == [EVERYWHERE] else plain
+
+    def stored(self) -> Any:
+        """As JSON whose keys may be sorted, which transformers does: the places in a list, in their order."""
+        plain = self.model_dump(mode="json")
+        return plain if self.is_short else [{"place": place, **options} for place, options in plain.items()]
 
     @property
     def is_full(self) -> bool:

@@ -189,7 +189,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         site.module.add_module(CHILD, cast(nn.Module, variant).to(model.device, model.dtype))
         keep_as_vector(site.module, variant, cross=site.role == "cross")
     _go_through(model, NAME)
-    setattr(model.config, PLAN, plan.model_dump(mode="json"))
+    setattr(model.config, PLAN, plan.stored())
     setattr(model.config, NAMED, NAME)  # read without this project, it is refused in place of running as full attention
     called = {call.module for call in try_out(model)}
     if silent := [str(site) for site in sites if site.module not in called]:

@@ -87,7 +87,7 @@ def draw_figure(path: Path, views: Sequence[View]) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    means = [(view, view.weights_HNM.mean(0)) for view in views if view.weights_HNM is not None]
+    means = [(view, view.weights_HNM.detach().mean(0)) for view in views if view.weights_HNM is not None]
     if not means:
         raise UserError("no site has weights to draw", where=str(path))
     columns = min(COLUMNS, len(means))

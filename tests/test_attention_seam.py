@@ -335,6 +335,24 @@ def test_a_plan_is_taken_out_without_a_trace():
         assert model.config.to_dict() == before.config.to_dict()
 
 
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"encoder.self[0]": "full", "encoder.self": WINDOW},
+        {"encoder.self[1]": WINDOW, "encoder.self[0-1]": {"variant": "strided", "stride": 4}},
+    ],
+)
+def test_the_first_place_that_fits_still_decides_when_a_plan_is_opened_again(places, tmp_path):
+    """config.json is written with sorted keys."""
+    model = make_model("bert", AutoModelForSequenceClassification)
+    install(model, plan(places))
+    ids = torch.arange(5, 29)[None]
+    model.save_pretrained(tmp_path)
+    loaded = load_model(AutoModelForSequenceClassification, str(tmp_path)).model
+    assert list(stored_plan(loaded).root.items()) == list(plan(places).root.items())
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-8)
+
+
 def test_a_saved_plan_is_opened_again_with_the_same_answers(saved):
     folder, ids, expected = saved
     loaded = load_model(AutoModelForSequenceClassification, str(folder))
