@@ -74,16 +74,40 @@ def by_flex(
     Returns:
         None where it does not fit, was wrong or did not compile. A query that sees nothing gets zeros.
     """
-    if (
-        value.device.type not in DEVICES
-        or value.dtype not in LARGEST_ERROR
-        or query.shape[2] < FEWEST
-        or query.shape[-1] != value.shape[-1]
-        or scoring.dropout
-        or scoring.bias is not None
-    ):
+    if not _fits(query, value, scoring):
         return None
-    kernel = Kernel(
+    kernel = _kernel_for(query, key, value, mask, pattern, scoring)
+    tried, lengths = _RIGHT.setdefault(kernel, set()), (query.shape[2], key.shape[2])
+    if kernel not in _WRONG and len(tried) < 2 and lengths not in tried:
+        if _is_right(kernel, query, key, value, mask, scoring):
+            tried.add(lengths)
+        else:
+            _WRONG.add(kernel)
+    if kernel in _WRONG:
+        return None
+    try:
+        return _flex(query, key, value, mask, pattern, scoring)
+    except (TorchDynamoException, FailOnRecompileLimitHit) as reason:  # a later length may want another compilation
+        _say_failed(kernel, reason)
+        _WRONG.add(kernel)
+        return None
+
+
+def _fits(query: Tensor, value: Tensor, scoring: Scoring) -> bool:
+    return (
+        value.device.type in DEVICES
+        and value.dtype in LARGEST_ERROR
+        and query.shape[2] >= FEWEST
+        and query.shape[-1] == value.shape[-1]
+        and not scoring.dropout
+        and scoring.bias is None
+    )
+
+
+def _kernel_for(
+    query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, pattern: Pattern, scoring: Scoring
+) -> Kernel:
+    return Kernel(
         pattern,
         rule=_codes(mask.rule),
         has_padding=mask.padding_BM is not None,
@@ -99,20 +123,6 @@ def by_flex(
         key_heads=key.shape[1],
         width=query.shape[-1],
     )
-    tried, lengths = _RIGHT.setdefault(kernel, set()), (query.shape[2], key.shape[2])
-    if kernel not in _WRONG and len(tried) < 2 and lengths not in tried:
-        if _is_right(kernel, query, key, value, mask, scoring):
-            tried.add(lengths)
-        else:
-            _WRONG.add(kernel)
-    if kernel in _WRONG:
-        return None
-    try:
-        return _flex(query, key, value, mask, pattern, scoring)
-    except (TorchDynamoException, FailOnRecompileLimitHit) as reason:  # a later length may want another compilation
-        _say_failed(kernel, reason)
-        _WRONG.add(kernel)
-        return None
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, pattern: Pattern, scoring: Scoring) -> Tensor:

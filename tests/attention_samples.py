@@ -78,6 +78,9 @@ def each_sample():
     return [(name, settings) for name, samples in SAMPLES.items() for settings in samples]
 
 
+PATTERNS = [(name, settings) for name, settings in each_sample() if name not in NO_PATTERN]
+
+
 def neutral(name, model):
     """Settings in which a variant is full attention in this model."""
     own = {"kv_heads": getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_samples import (
     NEUTRAL,
-    NO_PATTERN,
+    PATTERNS,
     Largest,
     counted_pairs,
     each_sample,
@@ -33,7 +33,6 @@ from attention.reference import attention_weights, dense_attention
 from attention.scoring import Scoring
 from attention.variant import read_weights
 
-PATTERNS = [(name, settings) for name, settings in each_sample() if name not in NO_PATTERN]
 CPU = torch.device("cpu")
 EXACT = {torch.float64: (1e-12, 1e-11), torch.float32: (5e-6, 1e-5)}
 

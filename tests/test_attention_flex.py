@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_samples import NO_PATTERN, SAMPLES, each_sample, make, make_mask, make_tensors, swap
+from attention_samples import PATTERNS, SAMPLES, make, make_mask, make_tensors, swap
 from tiny_families import make_model
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention import flex_attention as torchs
@@ -27,7 +27,6 @@ from attention.masks import LazyMask
 from attention.pattern import tiles
 from attention.scoring import Scoring
 
-PATTERNS = [(name, settings) for name, settings in each_sample() if name not in NO_PATTERN]
 GPU = torch.device("cuda")
 
 
