@@ -350,6 +350,16 @@ def test_a_figure_is_drawn_and_the_same_each_time(folder, cli_run, suffix):
         assert ">encoder.self[1]<" in Path("one.svg").read_text()
 
 
+def test_a_variant_that_has_learned_something_is_drawn(folder, cli_run):
+    pytest.importorskip("matplotlib")
+    save_body("bert", "model")
+    model = AutoModel.from_pretrained("model")
+    install(model, Plan.model_validate("additive"))
+    model.save_pretrained("model")
+    code, _, log = cli_run("attention", "show", "model", TEXT, "--figure", "learned.svg")
+    assert code == 0, log
+
+
 def test_a_token_is_no_formula_in_a_figure(folder):
     pytest.importorskip("matplotlib")
     tokens = ["$x_$", "<b>"]
