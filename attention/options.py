@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_serializer, model_validator
 
@@ -12,7 +13,10 @@ Role = Literal["encoder.self", "decoder.self", "cross"]
 ROLES: tuple[Role, ...] = ("encoder.self", "decoder.self", "cross")
 EVERYWHERE = "*"
 """The place of a plan's short form: every site that the variant is for."""
+LARGEST = 2**20
+"""Of settings that count tokens, blocks or slots: longer texts than that no model has."""
 _PLACE = re.compile(r"(encoder\.self|decoder\.self|cross)(\[\d+(-\d+)?(,\d+(-\d+)?)*\])?")
+_PLACES = f"A place is {', '.join(ROLES)}, or some layers, as cross[0,2-5], in one key: attention={{cross: blockwise}}"
 
 
 class VariantOptions(BaseModel):
@@ -37,9 +41,9 @@ class SlidingWindowOptions(VariantOptions):
     """A token sees its neighbours."""
 
     variant: Literal["sliding_window"]
-    reach: int = Field(default=128, ge=1)
+    reach: int = Field(default=128, ge=1, le=LARGEST)
     """How far to each side."""
-    global_tokens: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field(default=(), strict=False)
+    global_tokens: tuple[Annotated[int, Field(ge=0, le=LARGEST, strict=True)], ...] = Field(default=(), strict=False)
     """Positions that see all and are seen by all, such as 0 for [CLS]."""
 
 
@@ -47,8 +51,8 @@ class LocalGlobalOptions(VariantOptions):
     """Layers with a window, and every few layers one without."""
 
     variant: Literal["local_global"]
-    reach: int = Field(default=128, ge=1)
-    global_every: int = Field(default=2, ge=2)
+    reach: int = Field(default=128, ge=1, le=LARGEST)
+    global_every: int = Field(default=2, ge=2, le=LARGEST)
     """The last of every so many layers is full."""
 
 
@@ -56,12 +60,12 @@ class BlockSparseOptions(VariantOptions):
     """Blocks of tokens see neighbouring blocks, the first blocks, and a few drawn at random."""
 
     variant: Literal["block_sparse"]
-    block_size: int = Field(default=64, ge=1)
-    window_blocks: int = Field(default=3, ge=1)
+    block_size: int = Field(default=64, ge=1, le=LARGEST)
+    window_blocks: int = Field(default=3, ge=1, le=LARGEST)
     """Blocks in the window, the own one included; an odd number."""
-    global_blocks: int = Field(default=2, ge=0)
-    random_blocks: int = Field(default=3, ge=0)
-    seed: int = Field(default=0, ge=0)
+    global_blocks: int = Field(default=2, ge=0, le=LARGEST)
+    random_blocks: int = Field(default=3, ge=0, le=4096)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _window_has_a_middle(self) -> BlockSparseOptions:
@@ -74,14 +78,14 @@ class StridedOptions(VariantOptions):
     """A token sees its neighbours, and from there every token at a multiple of the stride."""
 
     variant: Literal["strided"]
-    stride: int = Field(default=64, ge=2)
+    stride: int = Field(default=64, ge=2, le=LARGEST)
 
 
 class LinformerOptions(VariantOptions):
     """Keys and values are projected along the text to a number of slots that does not grow with it."""
 
     variant: Literal["linformer"]
-    k: int = Field(default=128, ge=1)
+    k: int = Field(default=128, ge=1, le=LARGEST)
     """Slots; as many as the model has positions, and it is full attention."""
 
 
@@ -95,9 +99,9 @@ class AdaptiveSpanOptions(VariantOptions):
     """Each head learns how far it looks."""
 
     variant: Literal["adaptive_span"]
-    max_span: int = Field(default=1024, ge=1)
+    max_span: int = Field(default=1024, ge=1, le=LARGEST)
     """As far as any head may look, and all do at first."""
-    ramp: int = Field(default=32, ge=2)
+    ramp: int = Field(default=32, ge=2, le=LARGEST)
     """Tokens over which the weights fade beyond the span; with fewer than two a span could lie where none feels it."""
 
 
@@ -105,19 +109,19 @@ class LshOptions(VariantOptions):
     """A query sees the keys that its hash leads to."""
 
     variant: Literal["lsh"]
-    cluster_size: int = Field(default=128, ge=1)
+    cluster_size: int = Field(default=128, ge=1, le=LARGEST)
     """Keys that a query sees in each round."""
-    rounds: int = Field(default=4, ge=1)
+    rounds: int = Field(default=4, ge=1, le=64)
     buckets: int = Field(default=32, ge=2, le=64, multiple_of=2)
     """Values of a hash: directions and their opposites. More than that find little more, and cost their square."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class GroupedQueryOptions(VariantOptions):
     """Several key/value heads are taken as one, their mean."""
 
     variant: Literal["grouped_query"]
-    kv_heads: int = Field(default=1, ge=1)
+    kv_heads: int = Field(default=1, ge=1, le=LARGEST)
     """How many are left; a divisor of the model's."""
 
 
@@ -125,7 +129,7 @@ class RingOptions(VariantOptions):
     """Exactly as full, over a text that several processes hold together while they train."""
 
     variant: Literal["ring"]
-    ring_size: int | None = Field(default=None, ge=2)
+    ring_size: int | None = Field(default=None, ge=2, le=LARGEST)
     """Processes that hold a text together; all of them where it is None."""
 
 
@@ -144,6 +148,17 @@ AnyOptions = (
     | RingOptions
 )
 
+OPTIONS: Mapping[str, type[VariantOptions]] = {
+    get_args(kind.model_fields["variant"].annotation)[0]: kind for kind in get_args(AnyOptions)
+}
+"""Each variant's settings."""
+_VARIANTS = f"The variants: {', '.join(OPTIONS)}"
+
+
+def settings_of(variant: str) -> list[str]:
+    """Names of its settings."""
+    return [name for name in OPTIONS[variant].model_fields if name != "variant"]
+
 
 class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="variant")]]]):
     """Which variant goes where: the first place that fits a site decides, and ``full`` is everywhere else.
@@ -157,22 +172,13 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {EVERYWHERE: {"variant": value}}
         if isinstance(value, list) and all(isinstance(x, dict) and "place" in x for x in value):  # as ``stored``
-            return {x["place"]: {k: v for k, v in x.items() if k != "place"} for x in value}
-        if isinstance(value, dict) and "variant" in value:
-            return {EVERYWHERE: value}
-        if isinstance(value, dict):
-            return {place: {"variant": v} if isinstance(v, str) else v for place, v in value.items()}
-        return value
-
-    @model_validator(mode="after")
-    def _places_are_known(self) -> Plan:
-        for place in self.root:
-            if place != EVERYWHERE and not _PLACE.fullmatch(place):
-                raise ValueError(f"{place!r} is no place: {', '.join(ROLES)}, or some layers, as cross[0,2-5]")
-        return self
+            value = {x["place"]: {k: v for k, v in x.items() if k != "place"} for x in value}
+        if isinstance(value, str) or (isinstance(value, dict) and "variant" in value):
+            value = {EVERYWHERE: value}
+        if not isinstance(value, dict) or not value:
+            raise ValueError(f"neither a variant nor places: {value!r}. {_VARIANTS}")
+        return {place: _named(place, v) for place, v in value.items()}
 
     @model_validator(mode="after")
     def _rings_are_alike(self) -> Plan:
@@ -218,6 +224,30 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
 
     def _place(self, role: Role, layer: int) -> str | None:
         return next((p for p in self.root if p == EVERYWHERE or _is_at(p, role, layer)), None)
+
+
+def _named(place: Any, value: Any) -> Any:
+    """What stands at a place of a plan, as settings with their variant.
+
+    Raises:
+        ValueError: It is no place, or no variant is named that there is; pydantic would speak of tags.
+    """
+    if owners := [name for name in OPTIONS if place in settings_of(name)]:
+        raise ValueError(
+            f"no variant is named, and {place!r} is of {', '.join(owners)}: say attention={owners[0]} first"
+        )
+    if place != EVERYWHERE and not (isinstance(place, str) and _PLACE.fullmatch(place)):
+        raise ValueError(f"{place!r} is no place. {_PLACES}")
+    if isinstance(value, VariantOptions):
+        return value
+    where = "" if place == EVERYWHERE else f" at {place}"
+    options = {"variant": value} if isinstance(value, str) else value
+    if not isinstance(options, dict) or "variant" not in options:
+        raise ValueError(f"no variant is named{where}: {value!r}. {_VARIANTS}")
+    if (name := options["variant"]) not in OPTIONS:
+        near = difflib.get_close_matches(str(name), OPTIONS, n=1)
+        raise ValueError(f"no such variant{where}: {name!r}. {f'Did you mean {near[0]}? ' if near else ''}{_VARIANTS}")
+    return options
 
 
 def _is_at(place: str, role: str, layer: int) -> bool:

@@ -232,17 +232,49 @@ def stored_plan(model: PreTrainedModel) -> Plan | None:
         ) from error
 
 
-def describe(model: PreTrainedModel) -> list[str]:
-    """What is in place, a line for each run of layers alike; nothing for a model without variants."""
+def describe(model: PreTrainedModel, longest: int | None = None) -> list[str]:
+    """What is in place, a line for each run of layers alike; nothing for a model without variants.
+
+    Args:
+        longest: Tokens of the longest text that it learns from: what is in vain over so few is said.
+    """
     if (plan := stored_plan(model)) is None:
         return []
     lines = []
-    sites = sorted(find_sites(model), key=lambda site: ROLES.index(site.role))
-    placed = [(site, choose(plan, site)) for site in sites]
-    for (role, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
-        layers = [site.layer for site, _ in run]
-        lines.append(f"attention: {role}[{layers[0]}-{layers[-1]}] {describe_options(options)}")
+    in_order = sorted(find_sites(model), key=lambda site: ROLES.index(site.role))
+    placed = [(site, choose(plan, site)) for site in in_order]
+    for (_, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
+        sites = [site for site, _ in run]
+        lines.append(f"attention: {span(sites)} {describe_options(options)}")
+        if longest is not None:
+            lines += _in_vain(sites, options, longest)
     return lines
+
+
+def span(sites: Sequence[Site]) -> str:
+    """Neighbouring sites of one role as one place."""
+    first, last = sites[0], sites[-1]
+    return str(first) if first is last else f"{first.role}[{first.layer}-{last.layer}]"
+
+
+def _in_vain(sites: Sequence[Site], options: AnyOptions, longest: int) -> list[str]:
+    """What a plan asks for and gets nowhere, since the texts are short."""
+    beyond = [token for token in getattr(options, "global_tokens", ()) if token >= longest]
+    tokens = f"{longest:,} tokens"
+    lines = [
+        f"! attention: {span(sites)}, global token {token}: no training text has more than {tokens}" for token in beyond
+    ]
+    if not VARIANTS[options.variant].exact and all(_is_full(site, longest) for site in sites):
+        changes = (
+            f"! attention: {span(sites)} changes nothing: over texts of up to {tokens}, the longest to learn from, "
+        )
+        lines.append(f"{changes}it is full attention")
+    return lines
+
+
+def _is_full(site: Site, length: int) -> bool:
+    variant = getattr(site.module, CHILD)
+    return hasattr(variant, "is_full") and variant.is_full(length, causal=site.role == "decoder.self")
 
 
 def describe_options(options: AnyOptions, between: str = " ") -> str:

@@ -17,10 +17,12 @@ from attention.masks import LazyMask
 from attention.pattern import Extent, Pattern, seen_pairs, tile_side, tiles
 from attention.reference import attention_weights
 from attention.scoring import Scoring
-from attention.variant import Work
+from attention.variant import Work, all_pairs
 
 LARGEST_COUNT = 2**22
 """Pairs that are counted at once."""
+SOON_COUNTED = 512
+"""Tokens of a text whose pairs are counted in no time."""
 
 
 class Tiled(nn.Module):
@@ -46,6 +48,11 @@ class Tiled(nn.Module):
     def work(self, length: int, heads: int, *, causal: bool) -> Work:
         """By the tiles of one text; see ``attention.variant.Variant``."""
         return _work(self.pattern, Extent(length, length, 0, causal, tile_side(heads)))
+
+    def is_full(self, length: int, *, causal: bool) -> bool:
+        """Whether all its pairs count, asked of a short text first; see ``attention.variant.Variant``."""
+        lengths = (min(length, SOON_COUNTED), length)
+        return all(self.work(n, 1, causal=causal).seen == all_pairs(n, causal=causal) for n in lengths)
 
     def extra_repr(self) -> str:
         """The pattern."""

@@ -127,6 +127,11 @@ class Variant(Protocol):
         """What a text of that length costs, in pairs; a variant that can not say leaves the method out."""
         ...
 
+    def is_full(self, length: int, *, causal: bool) -> bool:
+        """Whether texts of up to that length are attended to as in full attention; a variant for which they never are
+        leaves the method out."""
+        ...
+
 
 def read_weights(variant: Variant, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
     """BHNM: what comes out of a variant where each value stands for its own key."""

@@ -26,6 +26,7 @@ from attention.seam import (
     refuse_no_place,
     remove,
     sites_of,
+    span,
     try_out,
 )
 from attention.sharing import prove
@@ -122,7 +123,11 @@ def check(
     console.print(_table(findings, f"{type(made).__name__}, {length:,} tokens"))
     for run in _runs(findings):
         if run[0].reason:
-            console.print(f"{_where(run)}, {run[0].verdict}: {run[0].reason}", highlight=False, markup=False)
+            console.print(
+                f"{span([finding.site for finding in run])}, {run[0].verdict}: {run[0].reason}",
+                highlight=False,
+                markup=False,
+            )
     for name, unit in _units(findings).items():
         console.print(f"{name}, scored: {unit}", highlight=False, markup=False)
     if (kernel := max(finding.kernel_up_to for finding in findings)) >= length:
@@ -219,15 +224,10 @@ def _runs(findings: Sequence[Finding]) -> list[list[Finding]]:
     return [list(run) for _, run in alike]
 
 
-def _where(run: Sequence[Finding]) -> str:
-    first, last = run[0].site, run[-1].site
-    return str(first) if first is last else f"{first.role}[{first.layer}-{last.layer}]"
-
-
 def _cells(run: Sequence[Finding]) -> Iterator[str]:
     """Of layers alike; the fractions are of all pairs that full attention has there."""
     yield describe_options(run[0].wanted, between="\n")
-    yield _where(run)
+    yield span([finding.site for finding in run])
     yield run[0].verdict
     yield common_path([finding.site.path for finding in run])
     yield f"{sum(finding.parameters for finding in run):,}"

@@ -170,8 +170,12 @@ def _wanted(config: RunConfig, task: Task) -> Wanted | None:
     """The positions that the run needs; None where a model with too few is to be refused."""
     if config.model.positions == "refuse":
         return None
-    longest = max(sum(tokens.values()) for tokens in task.sequences())
-    return Wanted(config.model.max_length, longest, config.model.positions)
+    return Wanted(config.model.max_length, _longest(task), config.model.positions)
+
+
+def _longest(task: Task) -> int:
+    """Tokens of the longest sequence that the settings allow."""
+    return max(sum(tokens.values()) for tokens in task.sequences())
 
 
 def _where(config: RunConfig) -> dict[str, Any]:
@@ -202,8 +206,8 @@ def describe_precision(config: RunConfig, accelerator: Accelerator) -> list[str]
     return lines
 
 
-def describe_model(loaded: Loaded, model: nn.Module) -> str:
-    """What is trained, what starts at random, what of the checkpoint is not used."""
+def describe_model(config: RunConfig, task: Task, loaded: Loaded, model: nn.Module, features: datasets.Dataset) -> str:
+    """What is trained, what starts at random, what of the checkpoint is not used, where other attention is."""
     words = loaded.model.get_input_embeddings()
     unused = words.table_VD.numel() - words.weight.numel() if isinstance(words, UsedRows) else 0
     total = elements(model.parameters()) + unused
@@ -223,7 +227,8 @@ def describe_model(loaded: Loaded, model: nn.Module) -> str:
         lines.append(f"in the checkpoint, not used: {', '.join(_across_layers(loaded.unused))}")
     if loaded.growth is not None:
         lines.append(loaded.growth.describe())
-    return "\n".join([*lines, *describe(loaded.model)])
+    longest = _longest(task) if config.data.streaming else max(features["length"])  # of a stream that may yet come
+    return "\n".join([*lines, *describe(loaded.model, longest)])
 
 
 def _across_layers(names: Sequence[str]) -> list[str]:

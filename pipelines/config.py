@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from attention.options import EVERYWHERE, settings_of
 from heedful import UserError
 from hub.redaction import hide, secret_keys
 from pipelines.sections import TRANSFER, RunConfig, contradictions
@@ -192,19 +193,27 @@ def _faults(error: ValidationError, *, prefix: str, known: Sequence[str]) -> lis
 def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> tuple[str, str]:
     """What was found, and why it is wrong."""
     # pydantic appends the member of a union that it tried ("bool", "literal[...]"): no key of the user's.
-    loc = [str(part) for part in fault["loc"]]
+    loc, variant = [str(part) for part in fault["loc"]], None
+    if (
+        loc[:1] == ["attention"] and len(loc) > 2
+    ):  # a place, the tag of its variant, a setting; unless it has one, no place
+        variant = loc.pop(2)
+        loc = [part for part in loc if part != EVERYWHERE]
     key = prefix + ".".join(loc)
-    while key not in known and fault["type"] != "extra_forbidden" and "." in key and key.rsplit(".", 1)[0] in known:
+    exact = variant is not None or fault["type"] == "extra_forbidden"
+    while key not in known and not exact and "." in key and key.rsplit(".", 1)[0] in known:
         key = key.rsplit(".", 1)[0]
     if fault["type"] == "extra_forbidden":
         if (head := loc[0]) in TASKS and not prefix:
             return key, f"section `{head}` belongs to another task and would have no effect"
+        if variant is not None:
+            return key, f"no setting of {variant}, which has {', '.join(settings_of(variant)) or 'none'}"
         return key, f"unknown key. {_nearest(key, known)}".rstrip()
     if fault["type"] == "missing":
         return key, "required and not given"
     if isinstance(fault["input"], dict):  # settings that do not go together: the message names them
         return key, fault["msg"].removeprefix("Value error, ")
-    return f"{key}={fault['input']!r}", fault["msg"].removeprefix("Value error, ")
+    return f"{key}={fault['input']!r}", fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -89,7 +89,11 @@ def finetune(config: RunConfig, *, former: Mapping[str, Any] | None = None, cons
     )
     check_schedule(schedule, data, console)
     model = building.adapt(config, task, loaded, features["train"])
-    tell(console, *building.describe_tokenizer(config, task), building.describe_model(loaded, model))
+    tell(
+        console,
+        *building.describe_tokenizer(config, task),
+        building.describe_model(config, task, loaded, model, features["train"]),
+    )
     tell(console, *building.describe_precision(config, accelerator))
     recovered = recover(
         config, data, batching, resumed=checkpoint is not None, accelerator=accelerator, console=console

@@ -54,7 +54,12 @@ def plan(config: RunConfig, *, console: Console | None = None) -> Plan:
     data = prepare(config, accelerator, console)
     features, task, loaded = data.features["train"], data.task, data.loaded
     model = building.adapt(config, task, loaded, features)
-    description = "\n".join([building.describe_model(loaded, model), *building.distribute(config, model, accelerator)])
+    description = "\n".join(
+        [
+            building.describe_model(config, task, loaded, model, features),
+            *building.distribute(config, model, accelerator),
+        ]
+    )
     lengths = np.asarray(features["length"])
     schedule = building.build_schedule(config, task, batching.steps_per_epoch(len(lengths)), validated=False)
     trainee = building.build_trainee(config, task, model, accelerator, total_steps=schedule.total_steps)

@@ -35,7 +35,7 @@ NEUTRAL = {
     "local_global": {"reach": 10_000},
     "block_sparse": {"window_blocks": 999},
     "strided": {"stride": 10_000},
-    "linformer": {"k": 10_000},
+    "linformer": {"k": None},
     "adaptive_span": {"max_span": 10_000},
     "lsh": {"cluster_size": 10_000},
     "grouped_query": {"kv_heads": None},
@@ -83,7 +83,11 @@ PATTERNS = [(name, settings) for name, settings in each_sample() if name not in 
 
 def neutral(name, model):
     """Settings in which a variant is full attention in this model."""
-    own = {"kv_heads": getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)}
+    config = model.config
+    own = {
+        "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "k": getattr(config, "max_position_embeddings", None),
+    }
     return {key: own[key] if value is None else value for key, value in NEUTRAL[name].items()}
 
 

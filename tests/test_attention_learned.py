@@ -58,7 +58,7 @@ def linformer_of_one_row(variant, query_HND, key_KMD, value_KMD, places):
 
 
 @pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("k", [1, 16, 100, 1000])
+@pytest.mark.parametrize("k", [1, 16, 100, POSITIONS])
 def test_linformer_is_its_formula(k, padding):
     variant, tensors, mask = trained("linformer", {"k": k}), make_tensors(), make_mask(padding=padding)
     places = [range(120), range(20, 150)] if padding else [range(150), range(150)]
@@ -70,7 +70,7 @@ def test_linformer_is_its_formula(k, padding):
     compare(variant, tensors, mask, dense)
 
 
-@pytest.mark.parametrize(("k", "length"), [(64, 64), (100, 40), (1000, 150)])
+@pytest.mark.parametrize(("k", "length"), [(64, 64), (100, 40), (POSITIONS, 150)])
 def test_linformer_begins_as_full_attention_over_what_its_slots_can_hold(k, length):
     tensors, mask = make_tensors(queries=length, keys=length), make_mask(queries=length, keys=length)
     out = make("linformer", {"k": k}, positions=POSITIONS).double()(*tensors, mask, Scoring(0.3))
@@ -235,6 +235,13 @@ def test_what_a_variant_can_not_honour_is_refused_when_it_is_called(name, change
     tensors, mask = make_tensors(keys=keys), make_mask(keys=keys, **changed.get("mask", {}))
     with pytest.raises(error, match=message):
         trained(name)(*tensors, mask, Scoring(0.3, **changed.get("scoring", {})))
+
+
+def test_linformer_has_no_more_slots_than_positions():
+    with pytest.raises(
+        UserError, match=rf"k={POSITIONS + 1} at encoder.self\[0\] of a model with {POSITIONS} positions"
+    ):
+        make("linformer", {"k": POSITIONS + 1}, positions=POSITIONS)
 
 
 def test_a_model_that_does_not_say_its_positions_takes_no_linformer():

@@ -104,12 +104,52 @@ def test_a_variant_that_can_not_do_what_a_site_asks_for_is_refused_before_it_goe
 
 
 @pytest.mark.parametrize(
-    ("family", "values"), [("modernbert", {"encoder.self[0]": "linformer"}), ("t5", {"cross": "additive"})]
+    ("family", "place", "options"),
+    [("modernbert", "encoder.self[0]", {"variant": "linformer", "k": 32}), ("t5", "cross", {"variant": "additive"})],
 )
-def test_it_goes_to_the_sites_that_ask_for_less(family, values):
+def test_it_goes_to_the_sites_that_ask_for_less(family, place, options):
     model = make_model(family, AutoModel)
-    install(model, plan(values))
-    assert any(values[next(iter(values))] in line for line in describe(model))
+    install(model, plan({place: options}))
+    assert any(options["variant"] in line for line in describe(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "longest"),
+    [
+        ("bert", {"variant": "sliding_window", "reach": 8}, 9),
+        ("bert", {"variant": "sliding_window", "reach": 5, "global_tokens": [0]}, 7),
+        ("bert", {"variant": "strided", "stride": 6}, 7),
+        ("bert", {"variant": "local_global", "reach": 8}, 9),
+        ("bert", {"variant": "adaptive_span", "max_span": 8, "ramp": 4}, 9),
+        ("bert", {"variant": "lsh", "cluster_size": 9, "rounds": 2, "buckets": 4}, 9),
+        ("llama", {"variant": "lsh", "cluster_size": 2, "rounds": 1, "buckets": 4}, 8),
+        ("llama", {"variant": "block_sparse", "block_size": 3, "global_blocks": 0, "random_blocks": 0}, 6),
+    ],
+    ids=str,
+)
+def test_it_is_said_where_a_variant_changes_nothing(family, values, longest):
+    """A default reach of 128 is full attention for sentences, and would be trained as a window without a word."""
+    model, other = make_model(family, AutoModel), make_model(family, AutoModel)
+    install(other, plan(values))
+    for length in (longest, longest + 1):
+        ids = torch.arange(5, 5 + length)[None]
+        differs = float((model(input_ids=ids)[0] - other(input_ids=ids)[0]).abs().max()) > 1e-5
+        said = any("changes nothing" in line for line in describe(other, length))
+        assert (said, differs) == (length == longest, length > longest)
+
+
+def test_it_is_said_where_no_text_has_the_global_token():
+    model = make_model("bert", AutoModel)
+    install(model, plan({"variant": "sliding_window", "reach": 3, "global_tokens": [0, 20]}))
+    assert not [line for line in describe(model, 21) if line.startswith("!")]
+    assert describe(model, 20)[1].endswith("global token 20: no training text has more than 20 tokens")
+
+
+@pytest.mark.parametrize(("kv_heads", "said"), [(1, False), (2, True)])
+def test_it_is_said_where_no_heads_are_pooled(kv_heads, said):
+    model = make_model("llama", AutoModel)
+    install(model, plan({"variant": "grouped_query", "kv_heads": kv_heads}))
+    assert any("changes nothing" in line for line in describe(model, 30)) is said
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "mistral", "t5", "bart"])
@@ -440,7 +480,7 @@ def test_a_variant_at_a_place_where_it_has_no_meaning_is_refused():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("telepathy", "does not match any of the expected tags"),
+        ("telepathy", "no such variant: 'telepathy'"),
         ({"variant": "sliding_window", "reach": 0}, "greater than or equal to 1"),
         ({"variant": "sliding_window", "width": 4}, "Extra inputs"),
         ({"variant": "sliding_window", "reach": True}, "valid integer"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from attention.options import OPTIONS, settings_of
 from heedful import UserError
 from pipelines import config, sections
 from tasks import TASKS
@@ -146,6 +147,50 @@ def test_4_bits_are_off_unless_asked_for(write):
     assert not config.load(write(), ["lora.r=2"]).model.load_in_4bit
     held = config.load(write(), ["model.load_in_4bit=true", "model.bnb_4bit_use_double_quant=true", "lora.r=2"]).model
     assert (held.bnb_4bit_quant_type, held.bnb_4bit_use_double_quant) == ("nf4", True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["attention=sliding_windw"],
+            "no such variant: 'sliding_windw'. Did you mean sliding_window? The variants: full",
+        ),
+        (["attention={cross: ful}"], "no such variant at cross: 'ful'. Did you mean full?"),
+        (["attention.reach=3"], "'reach' is of sliding_window, local_global: say attention=sliding_window first"),
+        (["attention={encoder.self: {reach: 3}}"], "no variant is named at encoder.self: {'reach': 3}"),
+        (["attention.encoder.self=full"], "'encoder' is no place. A place is encoder.self, decoder.self, cross"),
+        (["attention={encoder.self: 3}"], "no variant is named at encoder.self: 3"),
+        (["attention={3: full}"], "3 is no place"),
+        (["attention=3"], "attention=3: neither a variant nor places"),
+        (["attention={}"], "attention: neither a variant nor places"),
+        (
+            ["attention=sliding_window", "attention.reech=3"],
+            "attention.reech: no setting of sliding_window, which has ",
+        ),
+        (["attention={cross: {variant: full, k: 3}}"], "attention.cross.k: no setting of full, which has none"),
+        (["attention={cross: {variant: strided, stride: 1}}"], "attention.cross.stride=1: Input should be greater"),
+        (
+            ["attention=sliding_window", "attention.global_tokens=0"],
+            "attention.global_tokens=0: Input should be a list",
+        ),
+        (["attention=sliding_window", "attention.reach=1e3"], "attention.reach='1e3': Input should be a valid integer"),
+        (["attention=block_sparse", "attention.window_blocks=4"], "attention: window_blocks=4: an odd number"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_in_its_own_words(write, overrides, expected):
+    """Not in pydantic's, which speak of tags and discriminators."""
+    assert expected in refusal(write(), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("variant", "setting"),
+    [(variant, name) for variant in OPTIONS for name in settings_of(variant) if name != "global_tokens"],
+)
+def test_no_setting_is_larger_than_any_text(write, variant, setting):
+    """Which would end in an OverflowError or a MemoryError, when a model is looked at or later."""
+    expected = f"attention.{setting}={10**20}: Input should be less than"
+    assert expected in refusal(write(), f"attention={variant}", f"attention.{setting}={10**20}")
 
 
 SLOTS = ["attention=linformer", "attention.k=8"]

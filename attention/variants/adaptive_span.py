@@ -51,6 +51,10 @@ class AdaptiveSpan(nn.Module):
         """By the present spans; see ``attention.variant.Variant``."""
         return self._window().work(length, heads, causal=causal)
 
+    def is_full(self, length: int, *, causal: bool) -> bool:
+        """By the narrowest of the present spans; see ``attention.variant.Variant``."""
+        return length - 1 <= float(self.spans().min()) * self.max_span
+
     def spans(self) -> Tensor:
         """z of each head, in fp32 at least."""
         folded = self.span.to(torch.promote_types(self.span.dtype, torch.float32)).remainder(2.0)

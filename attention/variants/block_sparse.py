@@ -78,7 +78,7 @@ class Blocks:
         if block < self.first:
             yield from (Visit(queries, (keys,)) for keys in ranges(end, extent.tile))
             return
-        near = range(max(0, block - self.around), block + self.around + 1)
+        near = range(max(0, block - self.around), min(block + self.around, (end - 1) // self.size) + 1)
         blocks = {*near, *range(self.first), *drawn(self.seed, block, self.horizon, self.random)}
         yield Visit(queries, merged(slice(b * self.size, min(end, (b + 1) * self.size)) for b in blocks))
 

@@ -20,9 +20,9 @@ from heedful import UserError
 class GroupedQuery(nn.Module):
     """Full attention, of heads that are pooled first."""
 
-    def __init__(self, kv_heads: int, full: Full) -> None:
+    def __init__(self, kv_heads: int, key_heads: int, full: Full) -> None:
         super().__init__()
-        self.kv_heads, self.full = kv_heads, full
+        self.kv_heads, self.key_heads, self.full = kv_heads, key_heads, full
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
         """BHND of BHND, BKMD and BKMD; see ``attention.variant.Variant``."""
@@ -36,6 +36,10 @@ class GroupedQuery(nn.Module):
     def work(self, length: int, heads: int, *, causal: bool) -> Work:
         """Every pair; see ``attention.variant.Variant``."""
         return self.full.work(length, heads, causal=causal)
+
+    def is_full(self, length: int, *, causal: bool) -> bool:
+        """Where no heads are pooled; see ``attention.variant.Variant``."""
+        return self.kv_heads == self.key_heads
 
     def _pooled(self, x_BKMD: Tensor) -> Tensor:
         return x_BKMD.view(len(x_BKMD), self.kv_heads, -1, *x_BKMD.shape[2:]).mean(2)
@@ -55,4 +59,6 @@ def make(options: GroupedQueryOptions, site: Site) -> GroupedQuery:
             expected=f"a divisor: {', '.join(map(str, divisors))}",
         )
     causal = getattr(site.module, "is_causal", False)
-    return GroupedQuery(options.kv_heads, Full(site.needs.heads // options.kv_heads, causal=causal))
+    return GroupedQuery(
+        options.kv_heads, site.needs.key_heads, Full(site.needs.heads // options.kv_heads, causal=causal)
+    )

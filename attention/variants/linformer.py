@@ -110,7 +110,7 @@ def make(options: LinformerOptions, site: Site) -> Linformer:
     """For an encoder's self-attention.
 
     Raises:
-        UserError: The model does not say how many positions it has.
+        UserError: The model does not say how many positions it has, or has fewer than there are to be slots.
     """
     positions = site.positions
     if positions is None:
@@ -120,4 +120,10 @@ def make(options: LinformerOptions, site: Site) -> Linformer:
             expected="max_position_embeddings in the model's config.json",
             fix="another attention, such as sliding_window",
         )
-    return Linformer(min(options.k, positions), positions)
+    if options.k > positions:
+        raise UserError(
+            f"k={options.k} at {site} of a model with {positions:,} positions",
+            where="attention.k",
+            expected=f"at most {positions}: a slot for each position",
+        )
+    return Linformer(options.k, positions)

@@ -73,7 +73,7 @@ class Lsh(nn.Module):
         scoring.require_plain("lsh")
         tokens, keys = query.shape[2], key.shape[2]
         begins = mask.q_offset == mask.kv_offset == 0 and (tokens == keys or self.causal)
-        if not begins or tokens <= self.options.cluster_size * (BLOCK if self.causal else 1):
+        if not begins or tokens <= self._longest_dense:
             dense: Tensor = self.dense(query, key, value, mask, scoring)
             return dense
         with torch.autocast(query.device.type, enabled=False):
@@ -87,8 +87,8 @@ class Lsh(nn.Module):
 
     def work(self, length: int, heads: int, *, causal: bool) -> Work:
         """Of its rounds, whatever the tokens are; see ``attention.variant.Variant``."""
-        size = self.options.cluster_size * (BLOCK if self.causal else 1)
-        if length <= size:
+        size = self._longest_dense
+        if self.is_full(length, causal=causal):
             return self.dense.work(length, heads, causal=causal)
         rounds, cluster = self.options.rounds, self.options.cluster_size
         unit = "pairs of every round; seen: at most, where no pair meets in two rounds"
@@ -100,6 +100,14 @@ class Lsh(nn.Module):
             scored += tokens**2 + tokens * rounds * min(cluster, block.start)
             seen += all_pairs(tokens, causal=True) + tokens * min(block.start, rounds * cluster)
         return Work(scored, seen, unit)
+
+    def is_full(self, length: int, *, causal: bool) -> bool:
+        """Whether it is one cluster, or one block; see ``attention.variant.Variant``."""
+        return length <= self._longest_dense
+
+    @property
+    def _longest_dense(self) -> int:
+        return self.options.cluster_size * (BLOCK if self.causal else 1)
 
     def extra_repr(self) -> str:
         """The settings."""
