@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_serializer, model_validator
@@ -218,9 +219,13 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
         return FullOptions() if place is None else self.root[place]
 
     def idle(self, sites: list[tuple[Role, int]]) -> list[str]:
-        """Places that decide for no site of a model: it lacks them, or one before them takes all of theirs."""
-        deciding = {self._place(*site) for site in sites}
-        return [place for place in self.root if place != EVERYWHERE and place not in deciding]
+        """Places that decide for no site of a model, or name a layer that it lacks.
+
+        It lacks them all, or a place before them takes all of theirs.
+        """
+        deciding, counts = {self._place(*site) for site in sites}, Counter[str](role for role, _ in sites)
+        places = [place for place in self.root if place != EVERYWHERE]
+        return [p for p in places if p not in deciding or _last_layer(p) >= counts[p.partition("[")[0]]]
 
     def _place(self, role: Role, layer: int) -> str | None:
         return next((p for p in self.root if p == EVERYWHERE or _is_at(p, role, layer)), None)
@@ -236,7 +241,8 @@ def _named(place: Any, value: Any) -> Any:
         raise ValueError(
             f"no variant is named, and {place!r} is of {', '.join(owners)}: say attention={owners[0]} first"
         )
-    if place != EVERYWHERE and not (isinstance(place, str) and _PLACE.fullmatch(place)):
+    known = place == EVERYWHERE or (isinstance(place, str) and _PLACE.fullmatch(place))
+    if not known or any(first > last for first, last in _layers(place)):
         raise ValueError(f"{place!r} is no place. {_PLACES}")
     if isinstance(value, VariantOptions):
         return value
@@ -251,11 +257,15 @@ def _named(place: Any, value: Any) -> Any:
 
 
 def _is_at(place: str, role: str, layer: int) -> bool:
-    own, _, layers = place.partition("[")
-    return own == role and (not layers or layer in _numbers(layers.rstrip("]")))
+    runs = _layers(place)
+    return place.partition("[")[0] == role and (not runs or any(first <= layer <= last for first, last in runs))
 
 
-def _numbers(layers: str) -> Iterator[int]:
-    for part in layers.split(","):
-        first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)
+def _last_layer(place: str) -> int:
+    return max((last for _, last in _layers(place)), default=-1)
+
+
+def _layers(place: str) -> list[tuple[int, int]]:
+    """The first and last of each run of layers that a place names; none where it is for all."""
+    runs = [run.partition("-") for run in place.partition("[")[2].rstrip("]").split(",") if run]
+    return [(int(first), int(last or first)) for first, _, last in runs]

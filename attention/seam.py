@@ -27,7 +27,7 @@ from attention.bias import keep_as_table, keep_as_vector
 from attention.masks import LazyMask
 from attention.options import EVERYWHERE, ROLES, AnyOptions, FullOptions, Plan, Role
 from attention.scoring import Scoring
-from attention.variant import Needs, Site, Variant
+from attention.variant import Needs, Site, Variant, refuse_longer
 from heedful import UserError
 
 NAME = "heedful"
@@ -175,6 +175,8 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         UserError: The plan names a place that the model lacks, or asks for more than a variant can do.
     """
     if plan.is_full:
+        if not plan.is_short:
+            refuse_idle_places(plan, find_sites(model))
         remove(model)
         return
     _refuse_maps(model)
@@ -196,6 +198,17 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         raise RuntimeError(f"in place, but not called: {', '.join(silent)}")
 
 
+def refuse_longer_texts(model: nn.Module, length: int) -> None:
+    """Refuse texts beyond what a model's variants take.
+
+    Raises:
+        UserError: As ``attention.variant.refuse_longer``.
+    """
+    for module in model.modules():
+        if (variant := getattr(module, CHILD, None)) is not None:
+            refuse_longer(variant, length)
+
+
 def variant_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters that the variants in a model brought."""
     return [name for name, _ in model.named_parameters() if f".{CHILD}." in name]
@@ -203,7 +216,7 @@ def variant_parameters(model: nn.Module) -> list[str]:
 
 def remove(model: PreTrainedModel) -> None:
     """Take all variants out of a model: it answers as it did before, to the bit."""
-    if not hasattr(model.config, PLAN):
+    if not hasattr(model.config, PLAN) and model.config._attn_implementation != NAME:
         return
     for module in [module for module in model.modules() if hasattr(module, CHILD)]:
         delattr(module, CHILD)
@@ -281,6 +294,12 @@ def describe_options(options: AnyOptions, between: str = " ") -> str:
     """A variant's name and its settings."""
     settings = options.model_dump(mode="json")
     return between.join([settings.pop("variant"), *(f"{name}={value}" for name, value in settings.items())])
+
+
+def describe_plan(plan: Plan) -> str:
+    """What stands at each of its places."""
+    places = {f"{place}: " if place != EVERYWHERE else "": options for place, options in plan.root.items()}
+    return ", ".join(f"{place}{describe_options(options)}" for place, options in places.items())
 
 
 def choose(plan: Plan, site: Site) -> AnyOptions:

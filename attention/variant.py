@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attention.masks import LazyMask
 from attention.options import Role
 from attention.scoring import Scoring
+from heedful import UserError
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def all_pairs(length: int, *, causal: bool) -> int:
 
 
 class Variant(Protocol):
-    """An ``nn.Module``."""
+    """An ``nn.Module``. One with an end has ``longest``, the most keys that it takes."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
         """Attend.
@@ -131,6 +132,21 @@ class Variant(Protocol):
         """Whether texts of up to that length are attended to as in full attention; a variant for which they never are
         leaves the method out."""
         ...
+
+
+def refuse_longer(variant: nn.Module, length: int) -> None:
+    """Refuse a text beyond what a variant is made for.
+
+    Raises:
+        UserError: Naming the variant and its end.
+    """
+    if length > (longest := getattr(variant, "longest", length)):
+        raise UserError(
+            f"a text of {length:,} tokens for {type(variant).__name__.lower()} attention",
+            where="attention",
+            expected=f"at most {longest:,}",
+            fix="shorter texts, or another attention",
+        )
 
 
 def read_weights(variant: Variant, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,32 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from attention import VARIANTS
 from attention.options import ROLES, AnyOptions, Plan
 from attention.seam import (
     choose,
     describe_options,
+    describe_plan,
+    find_sites,
     install,
     refuse_beyond,
     refuse_idle_places,
     refuse_mixed,
     refuse_no_place,
     remove,
-    sites_of,
     span,
-    try_out,
+    stored_plan,
 )
 from attention.sharing import prove
-from attention.variant import Site, Work, all_pairs
+from attention.variant import Site, Work, all_pairs, refuse_longer
 from heedful import UserError
 from pipelines import config as configuration
-from pipelines.sections import TRANSFER, RunConfig
+from pipelines.sections import TRANSFER, ModelSection, RunConfig
 from sources.assets import ensure
 from tasks.positions import max_positions
+from training.positions import Wanted, growth
 from training.scratch import empty_model
 
 EFFECTIVE = ("attention", "model.revision", "model.trust_remote_code")
@@ -106,36 +110,23 @@ def check(
     config = _settings(model, overrides)
     ensure([model], root=Path.cwd(), say=lambda line: typer.echo(line, err=True))
     given, console = config.attention, console or Console(emoji=False, width=None if sys.stdout.isatty() else WIDTH)
+    made = _model(config.model, length, console)
+    if (held := stored_plan(made)) is not None:
+        becomes = "a run that names no attention keeps it" if given is None else "which this plan replaces"
+        console.print(f"the checkpoint holds {describe_plan(held)}: {becomes}", highlight=False, markup=False)
     if given is not None and given.is_full:  # of a model, too, that takes no variant
-        console.print("full attention leaves the model as it is")
+        if not given.is_short:
+            refuse_idle_places(given, find_sites(made))
+        console.print("full attention, as the model has it without a plan")
         return []
-    made = empty_model(model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     plans = [given] if given is not None else [Plan.model_validate(name) for name in VARIANTS]
-    calls = try_out(made)
-    sites, heads = sites_of(made, calls), {call.module: call.query.shape[1] for call in calls}
+    sites = sorted(find_sites(made), key=lambda site: ROLES.index(site.role))
     length = length or max_positions(made) or UNBOUNDED
     findings = []
     for plan in plans:
         refuse_idle_places(plan, sites)
-        in_order = sorted(sites, key=lambda site: ROLES.index(site.role))
-        found = [_find(plan, site, length, heads[site.module]) for site in in_order]
-        findings += _proved(made, plan, found)
-    console.print(_table(findings, f"{type(made).__name__}, {length:,} tokens"))
-    for run in _runs(findings):
-        if run[0].reason:
-            console.print(
-                f"{span([finding.site for finding in run])}, {run[0].verdict}: {run[0].reason}",
-                highlight=False,
-                markup=False,
-            )
-    for name, unit in _units(findings).items():
-        console.print(f"{name}, scored: {unit}", highlight=False, markup=False)
-    if (kernel := max(finding.kernel_up_to for finding in findings)) >= length:
-        console.print(
-            f"scored: by the variant's own tiles, as in training with dropout. Up to {kernel:,} tokens, without "
-            "dropout, a bias or a soft cap, torch's kernel over all pairs is faster and takes their place.",
-            highlight=False,
-        )
+        findings += _proved(made, plan, [_find(plan, site, length) for site in sites])
+    _show(findings, f"{type(made).__name__}, {length:,} tokens", length, console)
     if given is not None:
         _refuse(given, findings)
         if any(VARIANTS[options.variant].context_parallel for options in given.root.values()):
@@ -159,12 +150,40 @@ def _settings(model: str, overrides: Sequence[str]) -> RunConfig:
     return configuration.override(nothing, overrides, where="the command line")
 
 
-def _find(plan: Plan, site: Site, length: int, heads: int) -> Finding:
+def _model(model: ModelSection, length: int | None, console: Console) -> PreTrainedModel:
+    """With random weights, and as many positions as a run would give it."""
+    make = partial(empty_model, str(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code)
+    made = make()
+    grown = growth(made, Wanted(length, length)) if length is not None else None
+    if grown is None:
+        return made
+    console.print(grown.describe(), highlight=False)
+    return make(**grown.config)
+
+
+def _show(findings: Sequence[Finding], title: str, length: int, console: Console) -> None:
+    console.print(_table(findings, title))
+    for run in _runs(findings):
+        if run[0].reason:
+            place = span([finding.site for finding in run])
+            console.print(f"{place}, {run[0].verdict}: {run[0].reason}", highlight=False, markup=False)
+    for name, unit in _units(findings).items():
+        console.print(f"{name}, scored: {unit}", highlight=False, markup=False)
+    if (kernel := max(finding.kernel_up_to for finding in findings)) >= length:
+        console.print(
+            f"scored: by the variant's own tiles, as in training with dropout. Up to {kernel:,} tokens, without "
+            "dropout, a bias or a soft cap, torch's kernel over all pairs is faster and takes their place.",
+            highlight=False,
+        )
+
+
+def _find(plan: Plan, site: Site, length: int) -> Finding:
     wanted, causal = plan.at(site.role, site.layer), site.role == "decoder.self"
     try:
         options = choose(plan, site)
         refuse_beyond([site], [options])
         variant: Any = VARIANTS[options.variant].load()(options, site)
+        refuse_longer(variant, length)
     except UserError as error:
         return Finding(site, wanted, refusal=error)
     return Finding(
@@ -172,7 +191,7 @@ def _find(plan: Plan, site: Site, length: int, heads: int) -> Finding:
         wanted,
         options,
         parameters=sum(parameter.numel() for parameter in variant.parameters()),
-        work=variant.work(length, heads, causal=causal) if hasattr(variant, "work") else None,
+        work=variant.work(length, site.needs.heads, causal=causal) if hasattr(variant, "work") else None,
         full=all_pairs(length, causal=causal),
         kernel_up_to=variant.pattern.sdpa_below if hasattr(variant, "pattern") else 0,
     )

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from attention.seam import describe
+from attention.seam import describe, describe_plan, refuse_longer_texts
 from attention.sharing import connect, ring_size
 from heedful import UserError
 from pipelines.sections import ModelSection, RunConfig
@@ -120,6 +120,7 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
             fix="leave it out, or say a longer model.max_length",
         )
     check_lengths(loaded.model, task.sequences())
+    refuse_longer_texts(loaded.model, _longest(task))
     _raise_tokenizer(task, loaded, config.model.max_length)
     task.prepare_model(loaded.model)
     return loaded
@@ -228,6 +229,8 @@ def describe_model(config: RunConfig, task: Task, loaded: Loaded, model: nn.Modu
     if loaded.growth is not None:
         lines.append(loaded.growth.describe())
     longest = _longest(task) if config.data.streaming else max(features["length"])  # of a stream that may yet come
+    if loaded.replaced is not None:
+        lines.append(f"attention: {describe_plan(loaded.replaced)} of the checkpoint was taken out")
     return "\n".join([*lines, *describe(loaded.model, longest)])
 
 

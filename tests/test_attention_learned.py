@@ -225,7 +225,7 @@ def test_half_precision_is_near(name):
         ("linformer", {"keys": 161}, UserError, "a text of 161 tokens"),
         ("additive", {"scoring": {"bias": torch.zeros(4, 299)}}, ValueError, "with a bias"),
         ("additive", {"scoring": {"softcap": 30.0}}, ValueError, "with a soft cap"),
-        ("additive", {"keys": 2049}, UserError, "2,049 keys"),
+        ("additive", {"keys": 2049}, UserError, "a text of 2,049 tokens for additive"),
         ("lsh", {"scoring": {"bias": torch.zeros(4, 299)}}, ValueError, "with a bias"),
         ("lsh", {"scoring": {"softcap": 30.0}}, ValueError, "with a soft cap"),
     ],

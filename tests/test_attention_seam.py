@@ -522,6 +522,69 @@ def test_the_body_of_a_swapped_classifier_goes_under_another_head(tmp_path):
     assert describe(loaded.model)[0].startswith("attention: encoder.self[0-1] sliding_window")
 
 
+@pytest.fixture
+def learned(tmp_path):
+    """A saved classifier with linformer, and what changes the plan in its config.json by hand."""
+    folder = tmp_path / "learned"
+    model = make_model("bert", AutoModelForSequenceClassification)
+    install(model, plan({"variant": "linformer", "k": 8}))
+    model.save_pretrained(folder)
+
+    def change(**values):
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+    return str(folder), change
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (None, "weights of attention variants: bert.encoder.layer.0"),
+        (WINDOW, "weights of attention variants: bert.encoder.layer.0"),
+        ({"encoder.self[0]": {"variant": "linformer", "k": 8}}, "weights of attention variants: bert.encoder.layer.1"),
+        ({"variant": "additive"}, "weights of attention variants: bert.encoder.layer.0"),
+        ({"variant": "linformer", "k": 4}, "is (8, 64)"),
+    ],
+)
+@pytest.mark.fault("a plan in config.json that was changed by hand", "refused: what was learned would be dropped")
+def test_a_plan_that_is_not_that_of_the_weights_is_refused(learned, stored, message):
+    folder, change = learned
+    change(attention_plan=stored)
+    with pytest.raises(UserError) as refused:
+        load_model(AutoModelForSequenceClassification, folder)
+    assert message in str(refused.value)
+    assert "plan that it was saved with" in refused.value.fix
+
+
+def test_a_variant_that_learned_nothing_of_what_it_has_is_refused(saved):
+    """Of a plan that was put in by hand; it would be scored as if it had been trained."""
+    folder, _, _ = saved
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_plan": {"variant": "additive"}}))
+    with pytest.raises(UserError, match="weights of attention variants: none"):
+        load_model(AutoModelForSequenceClassification, str(folder))
+
+
+def test_a_plan_that_was_taken_out_of_config_json_is_missed(saved):
+    folder, _, _ = saved
+    path = folder / "config.json"
+    path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "attention_plan"}))
+    with pytest.raises(UserError, match="weights of attention variants: none"):
+        load_model(AutoModelForSequenceClassification, str(folder))
+    full = load_model(AutoModelForSequenceClassification, str(folder), attention=plan("full")).model
+    assert torch.isfinite(full(input_ids=torch.arange(5, 15)[None]).logits).all()
+
+
+def test_the_plan_that_another_takes_the_place_of_is_kept_in_mind(saved):
+    folder, _, _ = saved
+    kind = AutoModelForSequenceClassification
+    assert load_model(kind, str(folder)).replaced is None
+    assert load_model(kind, str(folder), attention=plan(WINDOW)).replaced is None
+    assert load_model(kind, str(folder), attention=plan("full")).replaced == plan(WINDOW)
+
+
 def test_two_halves_with_a_plan_of_their_own_are_refused(saved):
     """Each half would keep its variants, and the joined model's configuration not say so."""
     folder, _, _ = saved

@@ -66,19 +66,19 @@ def shown(cli_run, *arguments):
 
 
 def test_without_a_plan_every_variant_is_tried(folder, cli_run):
-    save_body("bert", "model")
+    save_body("bert", "model", max_position_embeddings=128)
     Path("model/model.safetensors").unlink()  # which is not read
     code, out, log = cli_run("attention", "check", "model")
     assert code == 0, log
     assert all(name in out for name in VARIANTS)
-    assert "BertModel, 64 tokens" in out
+    assert "BertModel, 128 tokens" in out
     assert out.count("goes in") == len(VARIANTS) - 1
     assert "encoder.layer.*.attention.self" in out
 
 
 def test_without_a_plan_ring_is_proved_too(folder, cli_run):
     """Layers that are called in turns would share a text out twice."""
-    save_body("albert", "model", num_hidden_layers=4)
+    save_body("albert", "model", num_hidden_layers=4, max_position_embeddings=128)
     code, out, log = cli_run("attention", "check", "model")
     assert code == 0, log
     assert out.count("goes in") == len(VARIANTS) - 2
@@ -91,7 +91,8 @@ def test_a_plan_that_goes_in_is_counted(folder, cli_run):
     code, out, log = cli_run("attention", "check", "model", "attention=sliding_window", "attention.reach=3")
     assert code == 0, log
     assert "cross[0], full stays: sliding_window is for encoder.self, decoder.self\n" in out
-    found = {finding.site.role: finding for finding in check("model", ["attention=sliding_window"], length=2000)}
+    save_body("bart", "longer")
+    found = {finding.site.role: finding for finding in check("longer", ["attention=sliding_window"], length=2000)}
     assert [finding.chosen.variant for finding in found.values()] == ["sliding_window", "sliding_window", "full"]
     window = found["encoder.self"]
     assert window.work.seen == 2000 * 257 - 128 * 129
@@ -114,6 +115,9 @@ def test_a_plan_that_is_refused_is_shown_with_its_reason(folder, cli_run):
     ("overrides", "message"),
     [
         (["attention={cross: blockwise}"], "no such place in this model: cross"),
+        (["attention={cross: full}"], "no such place in this model: cross"),
+        (["attention={'encoder.self[1,2]': strided}"], "no such place in this model: encoder.self[1,2]"),
+        (["attention={'encoder.self[1-0]': strided}"], "'encoder.self[1-0]' is no place"),
         (["attention=telepathy"], "telepathy"),
         (["train.seed=1"], "no effect here"),
         (["attentions=full"], "no effect here"),
@@ -133,7 +137,51 @@ def test_a_model_that_takes_no_variant_is_told_from_one_left_as_it_is(folder, cl
     assert "in its own way" in log
     code, out, log = cli_run("attention", "check", "model", "attention=full")
     assert code == 0, log
-    assert "as it is" in out
+    assert "full attention, as the model has it" in out
+
+
+def test_a_model_that_is_not_there_is_said_to_be_absent(folder, cli_run):
+    code, _, log = cli_run("attention", "check", "./model", "attention=full")
+    assert code == 2
+    assert "no such model folder" in log
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "the checkpoint holds sliding_window reach=3 global_tokens=[]: a run that names no attention keeps it"),
+        (
+            ["attention=strided"],
+            "the checkpoint holds sliding_window reach=3 global_tokens=[]: which this plan replaces",
+        ),
+        (["attention=full"], "the checkpoint holds sliding_window reach=3 global_tokens=[]: which this plan replaces"),
+    ],
+)
+def test_the_plan_that_a_checkpoint_holds_is_said(folder, cli_run, overrides, message):
+    model = make_model("bert", AutoModel)
+    install(model, Plan.model_validate(WINDOW))
+    model.save_pretrained("model")
+    code, out, log = cli_run("attention", "check", "model", *overrides)
+    assert code == 0, log
+    assert message in out
+
+
+def test_a_longer_text_is_counted_with_the_positions_that_a_run_would_give(folder, cli_run):
+    save_body("bert", "model")
+    arguments = ("attention", "check", "model", "attention=linformer", "attention.k=8")
+    code, out, log = cli_run(*arguments, "--length", "4096")
+    assert code == 0, log
+    assert "positions: 64 -> 4,096 by tile" in out
+    assert f"{2 * 2 * 8 * 4096:,}" in out  # E and F, in two layers
+    assert "positions" not in cli_run(*arguments, "--length", "64")[1]
+
+
+def test_a_text_beyond_the_end_of_a_variant_is_refused(folder, cli_run):
+    save_body("bert", "model")
+    code, out, _ = cli_run("attention", "check", "model", "attention=additive", "--length", "2049")
+    assert code == 2
+    assert "refused: a text of 2,049 tokens for additive attention; expected at most 2,048" in out
+    assert cli_run("attention", "check", "model", "attention=additive", "--length", "2048")[0] == 0
 
 
 class Learned(torch.nn.Linear):
@@ -158,7 +206,7 @@ def test_what_a_variant_brings_and_does_not_say_is_shown(folder, cli_run, monkey
     ("name", "unit"), [("linformer", "a query and a slot"), ("additive", "values of tanh"), ("blockwise", None)]
 )
 def test_what_is_counted_is_said_where_it_is_no_pair_of_a_product(folder, cli_run, name, unit):
-    save_body("bert", "model")
+    save_body("bert", "model", max_position_embeddings=128)
     code, out, _ = cli_run("attention", "check", "model", f"attention={name}")
     assert code == 0
     assert (f"{name}, scored: " in out) == (unit is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,15 +16,20 @@ from tasks.saved import model_of_run
 MODEL_FOLDER = "a Hugging Face folder with config.json, or a Hub id"
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **changed: Any
+) -> PreTrainedConfig:
     """Load a model's configuration.
+
+    Args:
+        changed: What it shall say otherwise.
 
     Raises:
         UserError: No such folder or model.
     """
     refuse_absent(name, expected=MODEL_FOLDER)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **changed)
     except Exception as error:  # of a broken file, whatever Python or transformers makes of it
         raise UserError(
             f"no model configuration could be loaded: {first_line(error)}",

@@ -23,13 +23,14 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from attention.options import Plan
-from attention.seam import install, stored_plan, variant_parameters
+from attention.seam import CHILD, NAME, PLAN, install, stored_plan, variant_parameters
 from heedful import UserError
 from sources.files import MANIFEST, fault, leads_out
 from sources.texts import counted, first_few, first_line
 from training.configurations import load_config, quiet, token_ids
 from training.positions import Growth, Wanted, growth
 
+OWN_PLAN, OWN_POSITIONS = "the plan that it was saved with", "the positions that the checkpoint has"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -42,6 +43,7 @@ class Loaded:
         new: Names of the parameters that the checkpoint does not hold: they start at random and must be trained.
         unused: Names of the checkpoint's weights that this model has no place for, such as another task's head.
         growth: How it got more positions than the checkpoint has; None where it has those alone.
+        replaced: The checkpoint's own plan, where another took its place.
         sha256: Of what it has from the checkpoint (``pretrained_hash``), where that was asked for.
     """
 
@@ -49,6 +51,7 @@ class Loaded:
     new: tuple[str, ...]
     unused: tuple[str, ...]
     growth: Growth | None = None
+    replaced: Plan | None = None
     sha256: str = ""
 
 
@@ -132,10 +135,11 @@ def load_model(
     _rest_the_pooler(model)
     loaded = Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])), grown)
     stored = stored_plan(model)
-    if stored is None or attention not in (None, stored):
-        return swap_attention(loaded, attention)
-    loaded = swap_attention(loaded, stored)
-    return _restore_variants(loaded, partial(_read_tensors, name, revision=revision))
+    if attention is not None and attention != stored:
+        return replace(swap_attention(loaded, attention), replaced=stored)
+    loaded = _restore_variants(swap_attention(loaded, stored), name, partial(_read_tensors, name, revision=revision))
+    _refuse_other_variants(loaded, name)
+    return loaded
 
 
 def _rest_the_pooler(model: PreTrainedModel) -> None:
@@ -156,7 +160,7 @@ def swap_attention(loaded: Loaded, plan: Plan | None) -> Loaded:
     return replace(loaded, new=tuple(sorted({*loaded.new, *variant_parameters(loaded.model)})))
 
 
-def _restore_variants(loaded: Loaded, read: Callable[[Sequence[str]], dict[str, Tensor]]) -> Loaded:
+def _restore_variants(loaded: Loaded, name: str, read: Callable[[Sequence[str]], dict[str, Tensor]]) -> Loaded:
     """Give the variants what they had learned when the model was saved, whatever head it was saved with."""
     prefix = f"{loaded.model.base_model_prefix}."
     names = {name.removeprefix(prefix): name for name in variant_parameters(loaded.model)}
@@ -165,11 +169,12 @@ def _restore_variants(loaded: Loaded, read: Callable[[Sequence[str]], dict[str, 
         for key, tensor in read(keys).items():
             parameter = loaded.model.get_parameter(names[key.removeprefix(prefix)])
             if parameter.shape != tensor.shape:
+                grown = loaded.growth is not None
                 raise UserError(
-                    f"an attention whose {key} was made for other positions: {tuple(tensor.shape)}",
-                    where="model.max_length",
+                    f"an attention whose {key} is {tuple(tensor.shape)}",
+                    where="model.max_length" if grown else f"{name}/config.json: {PLAN}",
                     expected=str(tuple(parameter.shape)),
-                    fix="keep to the positions that the checkpoint has, or take another attention",
+                    fix=f"keep to {OWN_POSITIONS if grown else OWN_PLAN}, or take another attention",
                 )
             parameter.copy_(tensor)
     restored = {names[key.removeprefix(prefix)] for key in keys}
@@ -178,6 +183,20 @@ def _restore_variants(loaded: Loaded, read: Callable[[Sequence[str]], dict[str, 
         new=tuple(name for name in loaded.new if name not in restored),
         unused=tuple(key for key in loaded.unused if key not in keys),
     )
+
+
+def _refuse_other_variants(loaded: Loaded, name: str) -> None:
+    """What variants had learned would be dropped without a word, or start anew, where config.json was changed since."""
+    learned = [key for key in loaded.unused if f".{CHILD}." in key]
+    lacking = set(variant_parameters(loaded.model)) & set(loaded.new)
+    named = loaded.model.config._attn_implementation == NAME and stored_plan(loaded.model) is None
+    if learned or lacking or named:
+        raise UserError(
+            f"weights of attention variants: {first_few(learned) or 'none'}",
+            where=name,
+            expected=f"as the {PLAN} in its config.json has them: {first_few(sorted(lacking)) or 'none'}",
+            fix=f"put {OWN_PLAN} back, or say which attention it is to have: attention=full takes all out",
+        )
 
 
 def _read_tensors(name: str, keys: Sequence[str], *, revision: str | None) -> dict[str, Tensor]:

@@ -46,13 +46,18 @@ def new_model(
     return Loaded(model, tuple(sorted(name for name, _ in model.named_parameters())), ())
 
 
-def empty_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **changed: Any
+) -> PreTrainedModel:
     """Make the model that ``name`` describes, without a head, from its configuration alone: its weights are random.
+
+    Args:
+        changed: What the configuration shall say otherwise.
 
     Raises:
         UserError: No such model, or none that transformers can make.
     """
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code, **changed)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel  # which knows no joined encoders
     return _from_config(partial(kind.from_config, trust_remote_code=trust_remote_code), config, where=name)
 

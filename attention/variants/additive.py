@@ -26,8 +26,7 @@ from attention.masks import LazyMask
 from attention.options import AdditiveOptions
 from attention.reference import masked_softmax
 from attention.scoring import Scoring
-from attention.variant import Site, Work, all_pairs, read_weights
-from heedful import UserError
+from attention.variant import Site, Work, all_pairs, read_weights, refuse_longer
 
 LONGEST = 2048
 """Keys beyond which it is refused: it costs D times what products cost, and none of it is a matrix product."""
@@ -37,6 +36,8 @@ BLOCK = 2**21
 
 class Additive(nn.Module):
     """W [H, D, D], U [K, D, D] and v [H, D]."""
+
+    longest = LONGEST
 
     def __init__(self, heads: int, key_heads: int, width: int) -> None:
         super().__init__()
@@ -53,13 +54,7 @@ class Additive(nn.Module):
         """
         scoring.require_plain("additive")
         (rows, heads, queries, width), keys = query.shape, key.shape[2]
-        if keys > LONGEST:
-            raise UserError(
-                f"additive attention over {keys:,} keys",
-                where="attention",
-                expected=f"at most {LONGEST:,}",
-                fix="shorter texts, or another attention",
-            )
+        refuse_longer(self, keys)
         query, key = query @ self.W.mT, key @ self.U.mT
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         out = []
@@ -89,6 +84,10 @@ class Additive(nn.Module):
         scored = sum((b.stop - b.start) * (b.stop if causal else length) for b in blocks)
         width = self.v.shape[1]
         return Work(scored, all_pairs(length, causal=causal), f"pairs, each of which costs {width} values of tanh")
+
+    def is_full(self, length: int, *, causal: bool) -> bool:
+        """Of no length; see ``attention.variant.Variant``."""
+        return False
 
     def extra_repr(self) -> str:
         """Heads and their size."""

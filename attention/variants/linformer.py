@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot, scaled_dot_product_attention
 from attention.masks import LazyMask
 from attention.options import LinformerOptions
 from attention.scoring import Scoring
-from attention.variant import Site, Work
+from attention.variant import Site, Work, refuse_longer
 from heedful import UserError
 
 
@@ -48,12 +48,7 @@ class Linformer(nn.Module):
         scoring.require_plain("linformer")
         if not mask.only_padding:
             raise ValueError("linformer with a mask of more than padding, which it does not honour")
-        if key.shape[2] > len(self.home_L):
-            raise UserError(
-                f"a text of {key.shape[2]} tokens",
-                where="attention",
-                expected=f"at most {len(self.home_L)}: linformer is made for the model's positions",
-            )
+        refuse_longer(self, key.shape[2])
         if mask.padding_BM is not None:
             real_B1M1 = mask.padding_BM[:, None, :, None]
             key, value = key * real_B1M1, value * real_B1M1
@@ -67,6 +62,11 @@ class Linformer(nn.Module):
             scale=scoring.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+    @property
+    def longest(self) -> int:
+        """The model's positions, for which it is made."""
+        return len(self.home_L)
 
     def work(self, length: int, heads: int, *, causal: bool) -> Work:
         """By its slots; see ``attention.variant.Variant``."""
