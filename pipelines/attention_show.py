@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from heedful import UserError
 from pipelines.attention_pictures import View, check_figure, draw_figure, page
 from pipelines.inference import model_folder
 from pipelines.preparation import build_accelerator, build_console, tell
+from sources.texts import counted
 from tasks.positions import max_positions
 from tasks.saved import FILE, load_task
 from training.configurations import load_config, quiet
@@ -57,22 +59,41 @@ def show(
             layer, head or folder.
     """
     console = build_console(build_accelerator(bf16=False), console)
-    for path in [out, *([figure] if figure else [])]:
-        if not path.absolute().parent.is_dir():
-            raise UserError("no such folder", where=str(path), expected="a file in a folder that is there")
+    _refuse_no_file(out)
     if figure is not None:
+        _refuse_no_file(figure)
         check_figure(figure)
+        if figure.absolute() == out.absolute():
+            raise UserError("page and figure in one file", where=f"--out {out} --figure {figure}", expected="two files")
     with quiet():
         tokenizer, model = _open(checkpoint)
         inputs = _encode(tokenizer, model, text)
         calls, ids = _run(model, inputs)
     tokens = {side: _pieces(tokenizer, row) for side, row in ids.items()}
     views = _views(model, calls, tokens, layer, head)
-    out.write_text(page(f"Attention of {checkpoint}", _notes(text, tokens), views), encoding="utf-8")
-    tell(console, f"{out}: {len(views)} places, {_counted(tokens)}")
+    blank = sum(view.weights_HNM is None for view in views)
+    without = f" ({blank} of them without a table of weights that could be drawn)" if blank else ""
+    with _writing(out):
+        out.write_text(page(f"Attention of {checkpoint}", _notes(text, tokens), views), encoding="utf-8")
+    tell(console, f"{out}: {counted(len(views), 'places')}{without}, {_counted(tokens)}")
     if figure is not None:
-        draw_figure(figure, views)
+        with _writing(figure):
+            draw_figure(figure, views)
         tell(console, str(figure))
+
+
+def _refuse_no_file(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "a folder" if path.is_dir() else "no such folder"
+        raise UserError(what, where=str(path), expected="a file in a folder that is there")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can not be written: {error.strerror}", where=str(path)) from error
 
 
 def _open(checkpoint: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

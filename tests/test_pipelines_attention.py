@@ -348,6 +348,22 @@ def test_what_can_not_be_drawn_ends_with_2(folder, cli_run, monkeypatch, argumen
     assert not list(Path().glob("*.html"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "."], "a folder"),
+        (["--out", "/proc/x.html"], "can not be written"),
+        (["--figure", "/proc/x.svg"], "can not be written"),
+        (["--out", "x.svg", "--figure", "./x.svg"], "page and figure in one file"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said(folder, cli_run, arguments, message):
+    save_body("bert", "model")
+    code, _, log = cli_run("attention", "show", "model", TEXT, *arguments)
+    assert code == 2
+    assert message in log
+
+
 def test_no_text_becomes_markup():
     tokens = ["<script>alert(1)</script>", "</script>", "<!--", "&lt;", '"', "\\", "\u2028", "@SCRIPT@"]
     view = View("<b>", "<i>", "</script>", tokens, tokens, [0], torch.full((1, 8, 8), 0.125))
