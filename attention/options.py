@@ -173,12 +173,14 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        if isinstance(value, list) and all(isinstance(x, dict) and "place" in x for x in value):  # as ``stored``
-            value = {x["place"]: {k: v for k, v in x.items() if k != "place"} for x in value}
+        if isinstance(value, list):
+            value = _from_list(value)
         if isinstance(value, str) or (isinstance(value, dict) and "variant" in value):
             value = {EVERYWHERE: value}
         if not isinstance(value, dict) or not value:
             raise ValueError(f"neither a variant nor places: {value!r}. {_VARIANTS}")
+        if EVERYWHERE in value and len(value) > 1:
+            raise ValueError(f"{EVERYWHERE!r} beside other places. {_PLACES}")
         return {place: _named(place, v) for place, v in value.items()}
 
     @model_validator(mode="after")
@@ -231,6 +233,16 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
         return next((p for p in self.root if p == EVERYWHERE or _is_at(p, role, layer)), None)
 
 
+def _from_list(value: list[Any]) -> Any:
+    """The places of a list as ``Plan.stored`` makes one; any other list as it is."""
+    if not value or not all(isinstance(entry, dict) and isinstance(entry.get("place"), str) for entry in value):
+        return value
+    places = {entry["place"]: {k: v for k, v in entry.items() if k != "place"} for entry in value}
+    if len(places) < len(value):
+        raise ValueError("a place that is given twice")
+    return places
+
+
 def _named(place: Any, value: Any) -> Any:
     """What stands at a place of a plan, as settings with their variant.
 
@@ -250,7 +262,7 @@ def _named(place: Any, value: Any) -> Any:
     options = {"variant": value} if isinstance(value, str) else value
     if not isinstance(options, dict) or "variant" not in options:
         raise ValueError(f"no variant is named{where}: {value!r}. {_VARIANTS}")
-    if (name := options["variant"]) not in OPTIONS:
+    if not isinstance(name := options["variant"], str) or name not in OPTIONS:
         near = difflib.get_close_matches(str(name), OPTIONS, n=1)
         raise ValueError(f"no such variant{where}: {name!r}. {f'Did you mean {near[0]}? ' if near else ''}{_VARIANTS}")
     return options

@@ -50,6 +50,18 @@ REFUSED = {
     "output_attentions": "no variant makes a table of weights",
 }
 """Settings of a call that mean something, and that no variant honours."""
+HONOURED = ("scaling", "dropout", "position_bias", "softcap", "is_causal")
+MEANINGLESS = (
+    "deterministic",
+    "encoder_hidden_states",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "sliding_window",
+    "use_cache",
+)
+"""Settings of a call that change no attention, or are in its mask already. What is in neither list is refused."""
 DEMANDS = {
     "bias": "adds a bias to its scores",
     "softcap": "caps its scores",
@@ -83,7 +95,7 @@ def attend(
     """What transformers calls in every attention module: hands on to the module's variant.
 
     Args:
-        asked: ``scaling``, ``dropout``, ``position_bias``, ``softcap``, and what means nothing here.
+        asked: What is ``HONOURED``, and what is ``MEANINGLESS`` here.
 
     Returns:
         [B, N, H, D], and no weights: a variant has no table of them to give.
@@ -92,16 +104,16 @@ def attend(
         ValueError: The call asks for what no variant does.
     """
     asked["output_attentions"] = asked.get("output_attentions") or _maps_are_captured()
-    for name, why in REFUSED.items():
-        if asked.get(name) is not None and asked[name] is not False:
-            raise ValueError(f"{name}: {why}")
+    for name in asked.keys() - {*HONOURED, *MEANINGLESS}:
+        if asked[name] is not None and asked[name] is not False:
+            raise ValueError(f"{name}: {REFUSED.get(name, 'a setting that no variant is known to honour')}")
     scoring = Scoring(
         asked.get("scaling") or query.shape[-1] ** -0.5,
         asked.get("dropout", 0.0),
         asked.get("position_bias"),
         asked.get("softcap"),
     )
-    mask, variant = _lazy(attention_mask, module, query, key), _variant_of(module)
+    mask, variant = _lazy(attention_mask, module, query, key, asked.get("is_causal")), _variant_of(module)
     output = variant(query, key, value, mask, scoring)
     if _calls is not None:
         _calls.append(Call(module, variant, query, key, value, mask, scoring, output))
@@ -193,7 +205,9 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     _go_through(model, NAME)
     setattr(model.config, PLAN, plan.stored())
     setattr(model.config, NAMED, NAME)  # read without this project, it is refused in place of running as full attention
-    called = {call.module for call in try_out(model)}
+    with recorded(model) as calls:  # what fails from here on is no fault of the model's
+        _run_once(model)
+    called = {call.module for call in calls}
     if silent := [str(site) for site in sites if site.module not in called]:
         raise RuntimeError(f"in place, but not called: {', '.join(silent)}")
 
@@ -457,13 +471,16 @@ def _needs(call: Call) -> Needs:
     )
 
 
-def _lazy(mask: LazyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor) -> LazyMask:
+def _lazy(
+    mask: LazyMask | Tensor | None, module: nn.Module, query: Tensor, key: Tensor, causal: bool | None
+) -> LazyMask:
+    """The mask; of a call without one by what it says of ``is_causal``, or else its module, as transformers has it."""
     if isinstance(mask, LazyMask):
         return mask
     if mask is not None:
         raise ValueError("a mask of four dimensions: a variant takes the model's own mask alone")
     queries, keys = query.shape[2], key.shape[2]
-    causal = bool(getattr(module, "is_causal", False)) and queries > 1
+    causal = bool(getattr(module, "is_causal", False) if causal is None else causal) and queries > 1
     return LazyMask(
         batch_size=query.shape[0],
         q_length=queries,

@@ -211,9 +211,10 @@ def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> tu
         return key, f"unknown key. {_nearest(key, known)}".rstrip()
     if fault["type"] == "missing":
         return key, "required and not given"
+    reason = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     if isinstance(fault["input"], dict):  # settings that do not go together: the message names them
-        return key, fault["msg"].removeprefix("Value error, ")
-    return f"{key}={fault['input']!r}", fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+        return key, reason
+    return f"{key}={fault['input']!r}", reason
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

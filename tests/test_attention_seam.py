@@ -24,7 +24,9 @@ from transformers import (
     MambaConfig,
     ViTConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from attention import VARIANTS
 from attention.options import Plan
 from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, recorded, remove, stored_plan
 from attention.variant import Needs
@@ -133,7 +135,7 @@ def test_it_is_said_where_a_variant_changes_nothing(family, values, longest):
     install(other, plan(values))
     for length in (longest, longest + 1):
         ids = torch.arange(5, 5 + length)[None]
-        differs = float((model(input_ids=ids)[0] - other(input_ids=ids)[0]).abs().max()) > 1e-5
+        differs = float((model(input_ids=ids)[0] - other(input_ids=ids)[0]).detach().abs().max()) > 1e-5
         said = any("changes nothing" in line for line in describe(other, length))
         assert (said, differs) == (length == longest, length > longest)
 
@@ -195,8 +197,10 @@ INLINE = {
 @pytest.mark.parametrize("family", INLINE)
 def test_a_class_that_computes_attention_in_its_own_way_is_refused(family):
     model = AutoModel.from_config(AutoConfig.for_model(family, **COMMON | INLINE[family]))
-    with pytest.raises(UserError, match="in its own way"):
+    with pytest.raises(UserError, match="in its own way") as refused:
         install(model, plan("blockwise"))
+    assert refused.value.found.startswith(type(model).__name__)
+    assert "BERT, RoBERTa" in refused.value.fix
     assert model.config._attn_implementation != NAME
     install(model, plan("full"))
 
@@ -247,11 +251,21 @@ def test_a_padded_batch_keeps_its_mask(padded):
         torch.testing.assert_close(model(input_ids=ids, attention_mask=real)[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "sinks", "indices", "block_indices", "cache", "head_mask"])
+@pytest.mark.fault("an attention is called with a setting that a later transformers has", "refused, and it is named")
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "indices", "block_indices", "cache", "head_mask", "temperature"])
 def test_a_call_that_asks_for_more_than_a_variant_does_is_refused(name):
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=name):
         attend(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
+
+
+@pytest.mark.parametrize(("own", "said"), [(False, True), (True, False), (True, None), (False, None)])
+def test_a_call_without_a_mask_looks_back_as_transformers_has_it(own, said):
+    module, tensors = torch.nn.Identity(), torch.randn(3, 1, 2, 6, 8).unbind()
+    module.is_causal, module.num_key_value_groups = own, 1
+    expected, _ = sdpa_attention_forward(module, *tensors, None, is_causal=said)
+    module.add_module(CHILD, VARIANTS["blockwise"].load()(plan("blockwise").at("encoder.self", 0), None))
+    torch.testing.assert_close(attend(module, *tensors, None, is_causal=said)[0], expected)
 
 
 @pytest.mark.fault(

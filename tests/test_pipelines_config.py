@@ -162,6 +162,18 @@ def test_4_bits_are_off_unless_asked_for(write):
         (["attention.encoder.self=full"], "'encoder' is no place. A place is encoder.self, decoder.self, cross"),
         (["attention={encoder.self: 3}"], "no variant is named at encoder.self: 3"),
         (["attention={3: full}"], "3 is no place"),
+        (["attention={variant: [strided]}"], "no such variant: ['strided']"),
+        (
+            ["attention=[{place: cross, variant: full}, {place: cross, variant: additive}]"],
+            "a place that is given twice",
+        ),
+        (["attention=[{place: [1], variant: full}]"], "neither a variant nor places"),
+        (["attention=[]"], "attention=[]: neither a variant nor places: []"),
+        (["attention={'encoder.self[0]': full, '*': strided}"], "'*' beside other places"),
+        (
+            ["attention=sliding_window", "attention.global_tokens={0: 1}"],
+            "attention.global_tokens: Input should be a list",
+        ),
         (["attention=3"], "attention=3: neither a variant nor places"),
         (["attention={}"], "attention: neither a variant nor places"),
         (
