@@ -228,7 +228,9 @@ def describe_model(config: RunConfig, task: Task, loaded: Loaded, model: nn.Modu
         lines.append(f"in the checkpoint, not used: {', '.join(_across_layers(loaded.unused))}")
     if loaded.growth is not None:
         lines.append(loaded.growth.describe())
-    longest = _longest(task) if config.data.streaming else max(features["length"])  # of a stream that may yet come
+    longest = _longest(task)
+    if not config.data.streaming:  # of a stream longer ones may yet come
+        longest = min(longest, max(features["length"]))
     if loaded.replaced is not None:
         lines.append(f"attention: {describe_plan(loaded.replaced)} of the checkpoint was taken out")
     return "\n".join([*lines, *describe(loaded.model, longest)])

@@ -262,6 +262,17 @@ def show_attention(
     verb.show(checkpoint, text, out=out, figure=figure, layer=layer, head=head)
 
 
+@attention_app.command("convert")
+def convert_attention(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+) -> None:
+    """Make a plain model with fewer key/value heads of one that was trained with grouped_query."""
+    from pipelines import attention_convert as verb
+
+    verb.convert(checkpoint, out)
+
+
 def main() -> None:
     """Run the command line; a fault of the user's is one message and an exit code, never a traceback."""
     # Read when the libraries are imported: cuBLAS is deterministic only with a fixed workspace, and tokenizers'

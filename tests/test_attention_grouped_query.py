@@ -6,10 +6,11 @@ from attention_samples import make, make_mask, make_tensors
 from tiny_families import make_model
 from transformers import AutoModel, AutoModelForCausalLM
 
+from attention.folding import fold
 from attention.options import Plan
 from attention.reference import dense_attention
 from attention.scoring import Scoring
-from attention.seam import install
+from attention.seam import CHILD, NAME, install
 from heedful import UserError
 
 
@@ -69,3 +70,50 @@ def test_groups_of_unequal_size_are_refused_before_anything_is_changed():
         install(model, Plan.model_validate({"encoder.self[0]": "blockwise", "encoder.self": plan(3).root["*"]}))
     assert "1, 2, 4" in str(refused.value)
     assert not [name for name, _ in model.named_modules() if "attention_variant" in name]
+
+
+@pytest.mark.parametrize(
+    ("family", "values"), [("llama", {}), ("llama", {"attention_bias": True}), ("mistral", {}), ("gemma2", {})]
+)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_folded_model_is_the_one_that_pools(family, values, kv_heads):
+    """Without variants, with and without padding, and with a cache of fewer heads; some projections have biases."""
+    model = make_model(family, AutoModelForCausalLM, num_attention_heads=4, num_key_value_heads=4, **values)
+    install(model, plan(kv_heads))
+    ids = torch.arange(5, 65).view(2, 30)
+    real = torch.ones_like(ids)
+    real[1, :7] = 0
+    given = [{"input_ids": ids, "attention_mask": real}, {"input_ids": ids[:1], "attention_mask": real[:1]}]
+    with torch.no_grad():
+        expected = [model(**inputs).logits for inputs in given]
+        plain = fold(model)
+        ours = [plain(**inputs) for inputs in given]
+    for out, logits in zip(ours, expected, strict=True):
+        read = real[: len(logits)].bool()  # what padding in front reads is nobody's
+        torch.testing.assert_close(out.logits[read], logits[read], rtol=0, atol=1e-6)
+        assert out.past_key_values.layers[0].keys.shape[1] == kv_heads
+    assert plain.config.num_key_value_heads == kv_heads
+    assert not any(hasattr(module, CHILD) for module in plain.modules())
+    assert plain.config._attn_implementation != NAME
+    assert not hasattr(plain.config, "attention_plan")
+    assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) is bool(
+        plain.config.tie_word_embeddings
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("llama", None, "without grouped_query in all of its layers"),
+        ("llama", "blockwise", "without grouped_query in all of its layers"),
+        ("llama", {"decoder.self[0]": {"variant": "grouped_query", "kv_heads": 1}}, "without grouped_query in all"),
+        ("gpt2", {"variant": "grouped_query", "kv_heads": 1}, "GPT2LMHeadModel, which has no setting for fewer"),
+        ("qwen3", {"variant": "grouped_query", "kv_heads": 1}, "Qwen3ForCausalLM, which norms its keys"),
+    ],
+)
+def test_what_can_not_be_folded_is_refused(family, values, message):
+    model = make_model(family, AutoModelForCausalLM)
+    if values is not None:
+        install(model, Plan.model_validate(values))
+    with pytest.raises(UserError, match=message):
+        fold(model)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,16 +11,24 @@ import numpy as np
 import pytest
 import torch
 from tiny_families import make_model, make_task, save_body
-from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-from attention import VARIANTS, VariantEntry
+from attention import VARIANTS, VariantEntry, folding
 from attention.options import Plan
 from attention.seam import install
 from attention.tiled import Tiled
 from pipelines import attention_check, attention_pictures, attention_show
 from pipelines.attention_check import check, common_path
 from pipelines.attention_pictures import View, draw_figure, page
+from sources.files import write_whole
 from tasks.saved import save_task
+from training.export import write_model
 
 WINDOW = {"variant": "sliding_window", "reach": 3}
 TEXT = "the cat sat on the mat in Berlin"
@@ -432,3 +441,50 @@ def test_a_token_is_no_formula_in_a_figure(folder):
     text = Path("a.svg").read_text()
     assert text.count(">$x_$<") == 10
     assert "&lt;b&gt;" in text
+
+
+# --- convert ---
+
+
+@pytest.fixture
+def pooled(folder):
+    """A folder of a model of four key/value heads that are pooled to two, as a run leaves it."""
+    task, _, _ = make_task("generation", "llama")
+    model = make_model("llama", AutoModelForCausalLM, num_attention_heads=4, num_key_value_heads=4)
+    install(model, Plan.model_validate({"variant": "grouped_query", "kv_heads": 2}))
+    write_whole(Path("model"), lambda aside: write_model(model, task, aside))
+    return model
+
+
+def test_a_pooled_model_becomes_a_plain_one(pooled, cli_run):
+    code, _, log = cli_run("attention", "convert", "model", "plain")
+    assert code == 0, log
+    assert "key/value heads: 4 -> 2" in log
+    assert {"model.safetensors", "heedful.json", "tokenizer.json", "MANIFEST.json"} <= set(os.listdir("plain"))
+    assert "heedful" not in Path("plain/config.json").read_text()
+    ids = torch.arange(5, 30)[None]
+    plain = AutoModelForCausalLM.from_pretrained("plain")
+    torch.testing.assert_close(plain(input_ids=ids).logits, pooled(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert plain.config.num_key_value_heads == 2
+
+
+def test_a_conversion_that_answers_otherwise_leaves_nothing(pooled, cli_run, monkeypatch):
+    monkeypatch.setattr(folding, "_pooled", lambda weight, heads, kept: weight[: len(weight) * kept // heads])
+    code, _, log = cli_run("attention", "convert", "model", "plain")
+    assert code == 2
+    assert "the plain model answers otherwise" in log
+    assert os.listdir() == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model", "model"], "a folder that is there"),
+        (["model", "nowhere/plain"], "no such folder"),
+        (["nothing", "plain"], "no such checkpoint"),
+    ],
+)
+def test_a_conversion_that_can_not_be_is_refused(pooled, cli_run, arguments, message):
+    code, _, log = cli_run("attention", "convert", *arguments)
+    assert code == 2
+    assert message in log

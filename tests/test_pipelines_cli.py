@@ -633,7 +633,7 @@ def test_make_hands_any_text_to_predict_as_it_is(tmp_path):
     ("place", "error"),
     [
         ("training.tracking.Tracker._record", OSError(28, "No space left on device")),
-        ("training.export._write_model", RuntimeError("I/O error: No space left on device (os error 28)")),
+        ("training.export.write_model", RuntimeError("I/O error: No space left on device (os error 28)")),
     ],
 )
 def test_a_full_disk_is_one_message_wherever_it_is_met(place, error, project, cli_run, monkeypatch):

@@ -49,21 +49,21 @@ def export(
     Raises:
         UserError: A reloaded model answers differently, or the base was changed meanwhile.
     """
-    trained = _answers(model, *probes)
+    trained = answers(model, *probes)
     differences: dict[str, float] = {}
     if isinstance(model, PeftModel):
         adapter: PeftModel = model
         write_whole(folder / "adapter", lambda aside: save_adapter(adapter, aside, base=base_hash))
-        again = _answers(_with_adapter(task, folder / "adapter", base, four_bits).to(model.device), *probes)
-        differences["adapter"] = _difference(trained, again)
+        again = answers(_with_adapter(task, folder / "adapter", base, four_bits).to(model.device), *probes)
+        differences["adapter"] = difference(trained, again)
         model = adapter.merge_and_unload() if four_bits is None else merge(adapter.cpu())
-    write_whole(folder / "model", lambda aside: _write_model(model, task, aside))
+    write_whole(folder / "model", lambda aside: write_model(model, task, aside))
     trust = bool(base.get("trust_remote_code"))
     device = next(model.parameters()).device
     if four_bits is not None:
         model.to("meta")  # whoever still holds it: a second one need not fit
     reloaded = load_model(task.auto_class, str(folder / "model"), trust_remote_code=trust).model.to(device)
-    differences["model"] = _difference(trained, _answers(reloaded, *probes))
+    differences["model"] = difference(trained, answers(reloaded, *probes))
     if wrong := {name: d for name, d in differences.items() if not d <= MERGE_TOLERANCE}:  # NaN too
         for name in wrong:
             shutil.rmtree(folder / name)
@@ -81,14 +81,15 @@ def _with_adapter(task: Task, adapter: Path, base: dict[str, Any], four_bits: Fo
     return open_adapter(loaded.model, adapter, base=found)
 
 
-def _write_model(model: Any, task: Task, folder: Path) -> None:
+def write_model(model: Any, task: Task, folder: Path) -> None:
+    """Save a model with its tokenizer and its task."""
     model.save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)
     save_task(task, folder)
 
 
 @torch.inference_mode()
-def _answers(model: nn.Module, *batches: Batch) -> list[Tensor]:
+def answers(model: nn.Module, *batches: Batch) -> list[Tensor]:
     """Every floating output of the model in eval mode: logits, or start and end logits."""
     model.eval()
     device = next(model.parameters()).device
@@ -97,6 +98,7 @@ def _answers(model: nn.Module, *batches: Batch) -> list[Tensor]:
     return [value.float().cpu() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
-def _difference(one: list[Tensor], other: list[Tensor]) -> float:
+def difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """The largest one of ``answers`` of the same batches, relative to the largest of the first."""
     each = [(a - b).abs().max() / a.abs().max().clamp(min=1e-6) for a, b in zip(one, other, strict=True)]
     return float(torch.stack(each).max())  # NaN where one is, which Python's max may pass over

@@ -53,7 +53,7 @@ class AdaptiveSpan(nn.Module):
 
     def is_full(self, length: int, *, causal: bool) -> bool:
         """By the narrowest of the present spans; see ``attention.variant.Variant``."""
-        return length - 1 <= float(self.spans().min()) * self.max_span
+        return length - 1 < float(self.spans().detach().min()) * self.max_span  # at just as far the span is moved
 
     def spans(self) -> Tensor:
         """z of each head, in fp32 at least."""
