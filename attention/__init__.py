@@ -30,6 +30,7 @@ class VariantEntry:
         bias: Whether it honours what a model adds to its scores, as T5 does.
         softcap: Whether it honours a cap on the scores, as Gemma 2 has one.
         rules: Whether it honours a mask of more than padding.
+        positional: Whether what it learns is made for the model's positions, and goes with no other number of them.
         context_parallel: Whether processes hold a text together, so that it must be at all self-attention of a stack.
     """
 
@@ -39,6 +40,7 @@ class VariantEntry:
     bias: bool = True
     softcap: bool = True
     rules: bool = True
+    positional: bool = False
     context_parallel: bool = False
 
     def load(self) -> Callable[..., Variant]:
@@ -55,7 +57,7 @@ VARIANTS: dict[str, VariantEntry] = {
     "block_sparse": VariantEntry("attention.variants.block_sparse:make", AROUND),
     "strided": VariantEntry("attention.variants.strided:make", AROUND),
     "linformer": VariantEntry(
-        "attention.variants.linformer:make", ("encoder.self",), bias=False, softcap=False, rules=False
+        "attention.variants.linformer:make", ("encoder.self",), bias=False, softcap=False, rules=False, positional=True
     ),
     "additive": VariantEntry("attention.variants.additive:make", bias=False, softcap=False),
     "adaptive_span": VariantEntry("attention.variants.adaptive_span:make", AROUND),

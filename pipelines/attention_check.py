@@ -36,7 +36,7 @@ from attention.sharing import prove
 from attention.variant import Site, Work, all_pairs, refuse_longer
 from heedful import UserError
 from pipelines import config as configuration
-from pipelines.sections import TRANSFER, ModelSection, RunConfig
+from pipelines.sections import TRANSFER, RunConfig
 from sources.assets import ensure
 from tasks.positions import max_positions
 from training.positions import Wanted, growth
@@ -110,10 +110,7 @@ def check(
     config = _settings(model, overrides)
     ensure([model], root=Path.cwd(), say=lambda line: typer.echo(line, err=True))
     given, console = config.attention, console or Console(emoji=False, width=None if sys.stdout.isatty() else WIDTH)
-    made = _model(config.model, length, console)
-    if (held := stored_plan(made)) is not None:
-        becomes = "a run that names no attention keeps it" if given is None else "which this plan replaces"
-        console.print(f"the checkpoint holds {describe_plan(held)}: {becomes}", highlight=False, markup=False)
+    made = _model(config, length, console)
     if given is not None and given.is_full:  # of a model, too, that takes no variant
         if not given.is_short:
             refuse_idle_places(given, find_sites(made))
@@ -150,13 +147,30 @@ def _settings(model: str, overrides: Sequence[str]) -> RunConfig:
     return configuration.override(nothing, overrides, where="the command line")
 
 
-def _model(model: ModelSection, length: int | None, console: Console) -> PreTrainedModel:
-    """With random weights, and as many positions as a run would give it."""
+def _model(config: RunConfig, length: int | None, console: Console) -> PreTrainedModel:
+    """With random weights, and as many positions as a run would give it. A plan that it holds is said.
+
+    Raises:
+        UserError: What the plan has learned is for the positions that the checkpoint has.
+    """
+    model, given = config.model, config.attention
     make = partial(empty_model, str(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code)
     made = make()
+    held = stored_plan(made)
+    kept = held if given in (None, held) else None
+    if held is not None:
+        becomes = "a run that names no attention keeps it" if kept else "which this plan replaces"
+        console.print(f"the checkpoint holds {describe_plan(held)}: {becomes}", highlight=False, markup=False)
     grown = growth(made, Wanted(length, length)) if length is not None else None
     if grown is None:
         return made
+    if bound := [o.variant for o in (kept.root.values() if kept else ()) if VARIANTS[o.variant].positional]:
+        raise UserError(
+            f"a text of {length:,} tokens for what {bound[0]} has learned",
+            where="attention",
+            expected=f"at most {grown.old:,}, the positions that the checkpoint has",
+            fix="shorter texts, or another attention",
+        )
     console.print(grown.describe(), highlight=False)
     return make(**grown.config)
 

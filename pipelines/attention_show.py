@@ -60,11 +60,11 @@ def show(
     """
     console = build_console(build_accelerator(bf16=False), console)
     _refuse_no_file(out)
+    if out.suffix != ".html":
+        raise UserError("a page of another kind", where=f"--out {out}", expected="a name that ends with .html")
     if figure is not None:
         _refuse_no_file(figure)
         check_figure(figure)
-        if figure.absolute() == out.absolute():
-            raise UserError("page and figure in one file", where=f"--out {out} --figure {figure}", expected="two files")
     with quiet():
         tokenizer, model = _open(checkpoint)
         inputs = _encode(tokenizer, model, text)

@@ -44,6 +44,8 @@ def load_task(folder: Path, tokenizer: Any) -> Task:
 
 def model_of_run(folder: Path) -> str:
     """What to give instead of a run, its adapter or a checkpoint of it; empty where there is no such model."""
+    if (folder / FILE).is_file():  # it is one
+        return ""
     beside = [parent / "model" for parent in (folder, *folder.parents[:2])]
     models = [model for model in (*beside, folder.parent) if (model / FILE).is_file()]  # the last where it was pulled
     return f"give the model of that run: {models[0]}" if models and folder.is_dir() else ""

@@ -163,6 +163,7 @@ def test_a_model_that_is_not_there_is_said_to_be_absent(folder, cli_run):
             ["attention=strided"],
             "the checkpoint holds sliding_window reach=3 global_tokens=[]: which this plan replaces",
         ),
+        (["attention=sliding_window", "attention.reach=3"], "a run that names no attention keeps it"),
         (["attention=full"], "the checkpoint holds sliding_window reach=3 global_tokens=[]: which this plan replaces"),
     ],
 )
@@ -183,6 +184,17 @@ def test_a_longer_text_is_counted_with_the_positions_that_a_run_would_give(folde
     assert "positions: 64 -> 4,096 by tile" in out
     assert f"{2 * 2 * 8 * 4096:,}" in out  # E and F, in two layers
     assert "positions" not in cli_run(*arguments, "--length", "64")[1]
+
+
+def test_what_was_learned_for_its_positions_is_not_said_to_go_with_more(folder, cli_run):
+    model = make_model("bert", AutoModel)
+    install(model, Plan.model_validate({"variant": "linformer", "k": 8}))
+    model.save_pretrained("model")
+    code, _, log = cli_run("attention", "check", "model", "--length", "65")
+    assert code == 2
+    assert "a text of 65 tokens for what linformer has learned" in log
+    assert cli_run("attention", "check", "model", "--length", "64")[0] == 0
+    assert cli_run("attention", "check", "model", "attention=linformer", "attention.k=9", "--length", "65")[0] == 0
 
 
 def test_a_text_beyond_the_end_of_a_variant_is_refused(folder, cli_run):
@@ -363,7 +375,7 @@ def test_what_can_not_be_drawn_ends_with_2(folder, cli_run, monkeypatch, argumen
         (["--out", "."], "a folder"),
         (["--out", "/proc/x.html"], "can not be written"),
         (["--figure", "/proc/x.svg"], "can not be written"),
-        (["--out", "x.svg", "--figure", "./x.svg"], "page and figure in one file"),
+        (["--out", "model/config.json"], "expected a name that ends with .html"),
     ],
 )
 def test_where_nothing_can_be_written_is_said(folder, cli_run, arguments, message):
