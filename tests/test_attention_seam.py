@@ -564,7 +564,7 @@ def learned(tmp_path):
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (None, "weights of attention variants: bert.encoder.layer.0"),
+        (None, "heedful's attention, and no attention_plan"),
         (WINDOW, "weights of attention variants: bert.encoder.layer.0"),
         ({"encoder.self[0]": {"variant": "linformer", "k": 8}}, "weights of attention variants: bert.encoder.layer.1"),
         ({"variant": "additive"}, "weights of attention variants: bert.encoder.layer.0"),
@@ -594,7 +594,7 @@ def test_a_plan_that_was_taken_out_of_config_json_is_missed(saved):
     folder, _, _ = saved
     path = folder / "config.json"
     path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "attention_plan"}))
-    with pytest.raises(UserError, match="weights of attention variants: none"):
+    with pytest.raises(UserError, match="heedful's attention, and no attention_plan"):
         load_model(AutoModelForSequenceClassification, str(folder))
     full = load_model(AutoModelForSequenceClassification, str(folder), attention=plan("full")).model
     assert torch.isfinite(full(input_ids=torch.arange(5, 15)[None]).logits).all()

@@ -189,13 +189,15 @@ def _refuse_other_variants(loaded: Loaded, name: str) -> None:
     """What variants had learned would be dropped without a word, or start anew, where config.json was changed since."""
     learned = [key for key in loaded.unused if f".{CHILD}." in key]
     lacking = set(variant_parameters(loaded.model)) & set(loaded.new)
-    named = loaded.model.config._attn_implementation == NAME and stored_plan(loaded.model) is None
-    if learned or lacking or named:
+    where, fix = f"{name}/config.json", f"put {OWN_PLAN} back, or train it with another: attention=full takes it out"
+    if loaded.model.config._attn_implementation == NAME and stored_plan(loaded.model) is None:
+        raise UserError(f"{NAME}'s attention, and no {PLAN}", where=where, fix=fix)
+    if learned or lacking:
         raise UserError(
             f"weights of attention variants: {first_few(learned) or 'none'}",
-            where=name,
-            expected=f"as the {PLAN} in its config.json has them: {first_few(sorted(lacking)) or 'none'}",
-            fix=f"put {OWN_PLAN} back, or say which attention it is to have: attention=full takes all out",
+            where=where,
+            expected=f"as the {PLAN} has them: {first_few(sorted(lacking)) or 'none'}",
+            fix=fix,
         )
 
 
