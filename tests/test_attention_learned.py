@@ -45,10 +45,11 @@ def compare(variant, tensors, mask, dense):
 
 def linformer_of_one_row(variant, query_HND, key_KMD, value_KMD, places):
     """The paper's formula over the keys at these places, with log(count) for a slot's weight, head by head."""
-    slots = [[i for i, place in enumerate(places) if variant.home_L[place] == s] for s in range(len(variant.E))]
+    own = range(len(places))  # positions are counted from the text's first token
+    slots = [[i for i in own if variant.home_L[i] == s] for s in range(len(variant.E))]
     reached = [s for s, members in enumerate(slots) if members]
     counts = torch.tensor([len(slots[s]) for s in reached], dtype=torch.float64)
-    E, F = (along[reached][:, places] / counts[:, None] for along in (variant.E, variant.F))
+    E, F = (along[reached][:, own] / counts[:, None] for along in (variant.E, variant.F))
     out = []
     for head, query in enumerate(query_HND):
         group = head // (len(query_HND) // len(key_KMD))
@@ -82,7 +83,8 @@ def test_linformer_begins_as_full_attention_over_what_its_slots_can_hold(k, leng
 def test_linformer_begins_as_full_attention_over_keys_that_are_alike_within_a_slot():
     variant, mask = make("linformer", {"k": 16}, positions=POSITIONS).double(), make_mask()
     query, key, value = make_tensors()
-    key, value = (x[:, :, variant.home_L[:150]] for x in (key, value))
+    homes_of = variant.home_L[:150], variant.home_L[:150].roll(20)  # the second row begins behind its padding
+    key, value = (torch.stack([x[row][:, home] for row, home in enumerate(homes_of)]) for x in (key, value))
     out = variant(query, key, value, mask, Scoring(0.3))
     expected = dense_attention(query, key, value, mask.table(torch.device("cpu")), Scoring(0.3))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
@@ -97,6 +99,18 @@ def test_every_slot_is_a_home_and_the_first_positions_have_their_own(slots, posi
     assert torch.equal(later, later.sort().values), "neighbours go together"
     shared = torch.bincount(later, minlength=slots)
     assert int(shared.max()) - int(shared.min()) <= 1, "and evenly"
+
+
+def test_linformer_reads_a_row_that_is_padded_in_front_as_the_row_alone():
+    variant, (query, key, value) = trained("linformer", {"k": 16}), make_tensors()
+    padded = variant(query, key, value, make_mask(), Scoring(0.3))
+    for row, text in enumerate((slice(0, 120), slice(20, 150))):
+        alone = [x[row : row + 1, :, text] for x in (query, key, value)]
+        size = text.stop - text.start
+        mask = make_mask(rows=1, queries=size, keys=size, padding=False)
+        torch.testing.assert_close(
+            padded[row : row + 1, :, text], variant(*alone, mask, Scoring(0.3)), rtol=0, atol=1e-12
+        )
 
 
 def test_what_is_padding_does_not_reach_linformer():

@@ -5,7 +5,7 @@ The paper's simple form: one E and one F for each site, shared by its heads. Bot
 the model has; a shorter row uses the first ones.
 
 The paper trains from scratch on rows of one length. So that a pretrained model keeps what it can, and a row is the same
-whatever it is padded to at its end, every position has a home among the slots (``homes``), and a slot begins as the
+whatever it is padded to, every position has a home among the slots (``homes``), and a slot begins as the
 mean of the keys that a row has at home there. It counts for as many as they are: log(count) is added to its scores,
 which masks the slots that a row does not reach. So rows of up to k tokens begin as full attention, and so do keys that
 are alike wherever they share a slot.
@@ -49,10 +49,14 @@ class Linformer(nn.Module):
         if not mask.only_padding:
             raise ValueError("linformer with a mask of more than padding, which it does not honour")
         refuse_longer(self, key.shape[2])
-        if mask.padding_BM is not None:
-            real_B1M1 = mask.padding_BM[:, None, :, None]
-            key, value = key * real_B1M1, value * real_B1M1
-        count_BS = self._counts(mask.padding_BM, key)
+        real_BM = mask.padding_BM
+        if real_BM is not None:
+            if mask.starts_B is not None:  # a text's first token is at home in the first slot, wherever it stands
+                order_BM = _behind(mask.starts_B.to(key.device), key.shape[2])
+                real_BM = real_BM.gather(1, order_BM)
+                key, value = (x.gather(2, order_BM[:, None, :, None].expand_as(x)) for x in (key, value))
+            key, value = (x * real_BM[:, None, :, None] for x in (key, value))
+        count_BS = self._counts(real_BM, key)
         return scaled_dot_product_attention(
             query,
             _projected(self.E, key, count_BS),
@@ -98,6 +102,11 @@ def homes(slots: int, positions: int) -> Tensor:
     position_L = torch.arange(positions)
     beyond = max(1, positions - slots)
     return torch.where(position_L < slots, position_L, (position_L - slots) * slots // beyond)
+
+
+def _behind(starts_B: Tensor, length: int) -> Tensor:
+    """The places of each row from its first token on, and then those before it, BM."""
+    return (torch.arange(length, device=starts_B.device) + starts_B[:, None]) % length
 
 
 def _projected(along_SL: Tensor, x_BKMD: Tensor, count_BS: Tensor) -> Tensor:
