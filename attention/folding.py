@@ -15,6 +15,7 @@ from attention.variant import Site
 from heedful import UserError
 
 PROJECTIONS = ("k_proj", "v_proj")
+FOLDABLE = "Llama, Mistral, Qwen 2, Gemma 2 or SmolLM"
 
 
 def fold(model: PreTrainedModel) -> PreTrainedModel:
@@ -27,19 +28,17 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
         A model of the same class without variants; its cache holds ``kv_heads`` heads.
 
     Raises:
-        UserError: Its plan is not ``grouped_query`` everywhere, or its class has no setting for fewer heads.
+        UserError: As ``require_foldable``.
     """
-    sites = find_sites(model)
-    options = _options(model, sites)
-    _refuse_other_projections(model, sites)
+    sites, kept = require_foldable(model)
     remove(model)
     config = deepcopy(model.config)
-    config.num_key_value_heads = options.kv_heads
+    config.num_key_value_heads = kept
     weights = model.state_dict()
     for site in sites:
         for name in PROJECTIONS:
             for key in [key for key in weights if key.startswith(f"{site.path}.{name}.")]:
-                weights[key] = _pooled(weights[key], site.needs.key_heads, options.kv_heads)
+                weights[key] = _pooled(weights[key], site.needs.key_heads, kept)
     plain = type(model)(config)
     plain.load_state_dict(weights)
     plain.generation_config = model.generation_config
@@ -51,27 +50,35 @@ def _pooled(projection: Tensor, heads: int, kept: int) -> Tensor:
     return projection.view(kept, heads // kept, -1, *projection.shape[1:]).mean(1).flatten(0, 1)
 
 
-def _options(model: PreTrainedModel, sites: list[Site]) -> GroupedQueryOptions:
-    plan = stored_plan(model)
-    (options, *others) = {choose(plan, site) for site in sites} if plan is not None else {None}
+def require_foldable(model: PreTrainedModel) -> tuple[list[Site], int]:
+    """The sites of a model that ``fold`` can fold, and the key/value heads that each keeps.
+
+    Raises:
+        UserError: Its plan is not ``grouped_query`` everywhere, its class has no setting for fewer heads, or has
+            something between a projection and the attention that is not the same of a mean.
+    """
+    kind, where = type(model).__name__, str(model.config.name_or_path)
+    plan, sites = stored_plan(model), find_sites(model)
+    options, *others = {choose(plan, site) for site in sites} if plan is not None else {None}
     if others or not isinstance(options, GroupedQueryOptions):
         raise UserError(
             "a model without grouped_query in all of its layers",
-            where="attention",
+            where=where,
             expected="one that was trained with attention=grouped_query, with as many kv_heads everywhere",
         )
-    return options
+    lacks = _hindrance(model, sites)
+    if lacks:
+        raise UserError(f"{kind}, {lacks}", where=where, expected=f"a decoder such as {FOLDABLE}")
+    return sites, options.kv_heads
 
 
-def _refuse_other_projections(model: PreTrainedModel, sites: list[Site]) -> None:
-    kind = type(model).__name__
-    expected = "a decoder such as Llama, Mistral, Qwen 2 or SmolLM, whose config.json says num_key_value_heads"
+def _hindrance(model: PreTrainedModel, sites: list[Site]) -> str:
+    """Why a model's heads can not be fewer; empty where they can."""
     if not hasattr(model.config, "num_key_value_heads"):
-        raise UserError(f"{kind}, which has no setting for fewer key/value heads", where="attention", expected=expected)
+        return "which has no setting for fewer key/value heads"
     for site in sites:
         if any(not isinstance(getattr(site.module, name, None), nn.Linear) for name in PROJECTIONS):
-            raise UserError(
-                f"{kind} without {' and '.join(PROJECTIONS)} at {site}", where="attention", expected=expected
-            )
-        if hasattr(site.module, "k_norm"):
-            raise UserError(f"{kind}, which norms its keys: a norm of means is no mean of norms", where="attention")
+            return f"which has no {' and '.join(PROJECTIONS)} at {site}"
+        if any("norm" in name for name, _ in site.module.named_children()):
+            return "which norms its keys: a norm of means is no mean of norms"
+    return "which clips its keys" if getattr(model.config, "clip_qkv", None) else ""

@@ -15,7 +15,7 @@ ROLES: tuple[Role, ...] = ("encoder.self", "decoder.self", "cross")
 EVERYWHERE = "*"
 """The place of a plan's short form: every site that the variant is for."""
 LARGEST = 2**20
-"""Of settings that count tokens, blocks or slots: longer texts than that no model has."""
+"""Of what settings count: longer texts than that, in tokens, no model has."""
 _PLACE = re.compile(r"(encoder\.self|decoder\.self|cross)(\[\d+(-\d+)?(,\d+(-\d+)?)*\])?")
 _PLACES = f"A place is {', '.join(ROLES)}, or some layers, as cross[0,2-5], in one key: attention={{cross: blockwise}}"
 
@@ -189,6 +189,10 @@ class Plan(RootModel[dict[str, Annotated[AnyOptions, Field(discriminator="varian
         if len(sizes) > 1:
             raise ValueError(f"ring_size={' and '.join(map(str, sizes))}: one number, since a ring shares its examples")
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """In the same order too: the first place that fits decides."""
+        return isinstance(other, Plan) and self.stored() == other.stored()
 
     @model_serializer(mode="plain")
     def _shortest(self) -> Any:

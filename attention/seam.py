@@ -9,7 +9,7 @@ Shapes: B rows, H query heads, K key/value heads, N queries, M keys, D head size
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -50,18 +50,24 @@ REFUSED = {
     "output_attentions": "no variant makes a table of weights",
 }
 """Settings of a call that mean something, and that no variant honours."""
-HONOURED = ("scaling", "dropout", "position_bias", "softcap", "is_causal")
+HONOURED = ("scaling", "dropout", "position_bias", "softcap", "is_causal")  # the last where there is no mask
 MEANINGLESS = (
+    "cache_position",
     "deterministic",
     "encoder_hidden_states",
+    "labels",
+    "logits_to_keep",
     "num_items_in_batch",
     "output_hidden_states",
     "output_router_logits",
     "position_ids",
+    "return_dict",
+    "return_loss",
     "sliding_window",
+    "token_type_ids",
     "use_cache",
 )
-"""Settings of a call that change no attention, or are in its mask already. What is in neither list is refused."""
+"""What a model was called with and hands on: it changes no attention, or is in its mask already. Else it is refused."""
 DEMANDS = {
     "bias": "adds a bias to its scores",
     "softcap": "caps its scores",
@@ -104,8 +110,8 @@ def attend(
         ValueError: The call asks for what no variant does.
     """
     asked["output_attentions"] = asked.get("output_attentions") or _maps_are_captured()
-    for name in asked.keys() - {*HONOURED, *MEANINGLESS}:
-        if asked[name] is not None and asked[name] is not False:
+    for name, said in asked.items():
+        if name not in HONOURED + MEANINGLESS and said is not None and said is not False:
             raise ValueError(f"{name}: {REFUSED.get(name, 'a setting that no variant is known to honour')}")
     scoring = Scoring(
         asked.get("scaling") or query.shape[-1] ** -0.5,
@@ -133,18 +139,14 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     """Every place for a variant, in the order in which they run, found by running the model once.
 
     Raises:
-        UserError: As ``try_out``.
-    """
-    return sites_of(model, try_out(model))
-
-
-def try_out(model: PreTrainedModel) -> list[Call]:
-    """What a run on a few tokens calls.
-
-    Raises:
         UserError: The model reads no tokens, has no attention or computes it in its own way, or asks for more than any
             variant does.
     """
+    return sites_of(model, _try_out(model))
+
+
+def _try_out(model: PreTrainedModel) -> list[Call]:
+    """What a run on a few tokens calls."""
     kind = type(model).__name__
     if model.main_input_name != "input_ids":
         raise UserError(
@@ -187,8 +189,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         UserError: The plan names a place that the model lacks, or asks for more than a variant can do.
     """
     if plan.is_full:
-        if not plan.is_short:
-            refuse_idle_places(plan, find_sites(model))
+        refuse_idle_full(plan, model)
         remove(model)
         return
     _refuse_maps(model)
@@ -212,15 +213,18 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         raise RuntimeError(f"in place, but not called: {', '.join(silent)}")
 
 
-def refuse_longer_texts(model: nn.Module, length: int) -> None:
-    """Refuse texts beyond what a model's variants take.
+def refuse_longer_texts(model: nn.Module, longest: Mapping[Role, int]) -> None:
+    """Refuse more tokens than a model's variants take.
+
+    Args:
+        longest: Tokens that each kind of attention may meet.
 
     Raises:
         UserError: As ``attention.variant.refuse_longer``.
     """
-    for module in model.modules():
+    for path, module in model.named_modules():
         if (variant := getattr(module, CHILD, None)) is not None:
-            refuse_longer(variant, length)
+            refuse_longer(variant, longest[_role(path, module)])
 
 
 def variant_parameters(model: nn.Module) -> list[str]:
@@ -259,22 +263,22 @@ def stored_plan(model: PreTrainedModel) -> Plan | None:
         ) from error
 
 
-def describe(model: PreTrainedModel, longest: int | None = None) -> list[str]:
+def describe(model: PreTrainedModel, longest: Mapping[Role, int] | None = None) -> list[str]:
     """What is in place, a line for each run of layers alike; nothing for a model without variants.
 
     Args:
-        longest: Tokens of the longest text that it learns from: what is in vain over so few is said.
+        longest: Most tokens that each kind of attention meets in training: what is in vain over so few is said.
     """
     if (plan := stored_plan(model)) is None:
         return []
     lines = []
     in_order = sorted(find_sites(model), key=lambda site: ROLES.index(site.role))
     placed = [(site, choose(plan, site)) for site in in_order]
-    for (_, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
+    for (role, options), run in groupby(placed, key=lambda pair: (pair[0].role, pair[1])):
         sites = [site for site, _ in run]
         lines.append(f"attention: {span(sites)} {describe_options(options)}")
         if longest is not None:
-            lines += _in_vain(sites, options, longest)
+            lines += _in_vain(sites, options, longest[role])
     return lines
 
 
@@ -286,16 +290,14 @@ def span(sites: Sequence[Site]) -> str:
 
 def _in_vain(sites: Sequence[Site], options: AnyOptions, longest: int) -> list[str]:
     """What a plan asks for and gets nowhere, since the texts are short."""
+    place = f"! attention: {span(sites)}"
     beyond = [token for token in getattr(options, "global_tokens", ()) if token >= longest]
-    tokens = f"{longest:,} tokens"
     lines = [
-        f"! attention: {span(sites)}, global token {token}: no training text has more than {tokens}" for token in beyond
+        f"{place}, global token {token}: no text to learn from has more than {longest:,} tokens" for token in beyond
     ]
     if not VARIANTS[options.variant].exact and all(_is_full(site, longest) for site in sites):
-        changes = (
-            f"! attention: {span(sites)} changes nothing: over texts of up to {tokens}, the longest to learn from, "
-        )
-        lines.append(f"{changes}it is full attention")
+        texts = f"texts of up to {longest:,} tokens, and none to learn from has more"
+        lines.append(f"{place} changes nothing: it is full attention over {texts}")
     return lines
 
 
@@ -347,6 +349,16 @@ def refuse_idle_places(plan: Plan, sites: Sequence[Site]) -> None:
             where="attention",
             expected=f"among {', '.join(_summary(sites))}; of two that hold a layer the first decides",
         )
+
+
+def refuse_idle_full(plan: Plan, model: PreTrainedModel) -> None:
+    """Refuse a plan of full attention with such a place; in a model that computes attention in its own way any will do.
+
+    Raises:
+        UserError: As ``refuse_idle_places``.
+    """
+    if not plan.is_short and not _own_ways(model):
+        refuse_idle_places(plan, find_sites(model))
 
 
 def refuse_no_place(plan: Plan, sites: Sequence[Site], chosen: Sequence[AnyOptions]) -> None:
@@ -528,10 +540,14 @@ def _role(path: str, module: nn.Module) -> Role:
     return "decoder.self" if getattr(module, "is_causal", False) else "encoder.self"
 
 
-def _refuse_own_ways(model: PreTrainedModel) -> None:
+def _own_ways(model: PreTrainedModel) -> list[type[PreTrainedModel]]:
+    """Its classes that never ask transformers' registry for an attention."""
     parts = {type(part): part for part in model.modules() if isinstance(part, PreTrainedModel)}
-    own = [kind for kind in parts if not kind._can_set_attn_implementation()]
-    if own:
+    return [kind for kind in parts if not kind._can_set_attn_implementation()]
+
+
+def _refuse_own_ways(model: PreTrainedModel) -> None:
+    if own := _own_ways(model):
         raise UserError(
             f"{own[0].__name__} computes attention in its own way, and would never call a variant",
             where="attention",

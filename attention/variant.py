@@ -142,14 +142,15 @@ def refuse_longer(variant: nn.Module, length: int) -> None:
     """
     if length > (longest := getattr(variant, "longest", length)):
         raise UserError(
-            f"a text of {length:,} tokens for {type(variant).__name__.lower()} attention",
+            f"{length:,} tokens for {type(variant).__name__.lower()} attention",
             where="attention",
             expected=f"at most {longest:,}",
-            fix="shorter texts, or another attention",
+            fix="a lower model.max_length, or another attention",
         )
 
 
-def read_weights(variant: Variant, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
+def read_weights(variant: nn.Module, query: Tensor, key: Tensor, mask: LazyMask, scoring: Scoring) -> Tensor:
     """BHNM: what comes out of a variant where each value stands for its own key."""
     own = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
-    return variant(query, key, own.expand(*key.shape[:2], -1, -1), mask, scoring)
+    out: Tensor = variant(query, key, own.expand(*key.shape[:2], -1, -1), mask, scoring)
+    return out

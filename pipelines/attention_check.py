@@ -25,6 +25,7 @@ from attention.seam import (
     find_sites,
     install,
     refuse_beyond,
+    refuse_idle_full,
     refuse_idle_places,
     refuse_mixed,
     refuse_no_place,
@@ -112,17 +113,16 @@ def check(
     given, console = config.attention, console or Console(emoji=False, width=None if sys.stdout.isatty() else WIDTH)
     made = _model(config, length, console)
     if given is not None and given.is_full:  # of a model, too, that takes no variant
-        if not given.is_short:
-            refuse_idle_places(given, find_sites(made))
+        refuse_idle_full(given, made)
         console.print("full attention, as the model has it without a plan")
         return []
     plans = [given] if given is not None else [Plan.model_validate(name) for name in VARIANTS]
     sites = sorted(find_sites(made), key=lambda site: ROLES.index(site.role))
-    length = length or max_positions(made) or UNBOUNDED
+    asked, length = length is not None, length or max_positions(made) or UNBOUNDED
     findings = []
     for plan in plans:
         refuse_idle_places(plan, sites)
-        findings += _proved(made, plan, [_find(plan, site, length) for site in sites])
+        findings += _proved(made, plan, [_find(plan, site, length, asked=asked) for site in sites])
     _show(findings, f"{type(made).__name__}, {length:,} tokens", length, console)
     if given is not None:
         _refuse(given, findings)
@@ -142,7 +142,7 @@ def common_path(paths: Sequence[str]) -> str:
 def _settings(model: str, overrides: Sequence[str]) -> RunConfig:
     for key in (override.partition("=")[0] for override in overrides):
         if key not in EFFECTIVE and (not key.startswith("attention.") or key.startswith(TRANSFER)):
-            raise UserError(f"{key!r} has no effect here", expected=f"one of: {', '.join(EFFECTIVE)}")
+            raise UserError(f"{key!r} has no effect here", expected=f"KEY=VALUE, with one of: {', '.join(EFFECTIVE)}")
     nothing: dict[str, Any] = {"task": "classification", "output_dir": "none", "model": {"name": model}}
     return configuration.override(nothing, overrides, where="the command line")
 
@@ -159,9 +159,14 @@ def _model(config: RunConfig, length: int | None, console: Console) -> PreTraine
     held = stored_plan(made)
     kept = held if given in (None, held) else None
     if held is not None:
-        becomes = "a run that names no attention keeps it" if kept else "which this plan replaces"
-        console.print(f"the checkpoint holds {describe_plan(held)}: {becomes}", highlight=False, markup=False)
-    grown = growth(made, Wanted(length, length)) if length is not None else None
+        becomes = "; a run that names no attention keeps it" if kept else ", which this plan replaces"
+        console.print(f"the checkpoint holds {describe_plan(held)}{becomes}", highlight=False, markup=False)
+    if length is None or (given is not None and given.is_full):
+        return made
+    try:
+        grown = growth(made, Wanted(length, length))
+    except UserError as error:
+        raise UserError(f"a text of {length:,} tokens", where="--length", expected=error.expected) from error
     if grown is None:
         return made
     if bound := [o.variant for o in (kept.root.values() if kept else ()) if VARIANTS[o.variant].positional]:
@@ -191,13 +196,16 @@ def _show(findings: Sequence[Finding], title: str, length: int, console: Console
         )
 
 
-def _find(plan: Plan, site: Site, length: int) -> Finding:
+def _find(plan: Plan, site: Site, length: int, *, asked: bool) -> Finding:
+    """Of a variant that does not take the model's longest text, the longest that it takes is counted."""
     wanted, causal = plan.at(site.role, site.layer), site.role == "decoder.self"
     try:
         options = choose(plan, site)
         refuse_beyond([site], [options])
         variant: Any = VARIANTS[options.variant].load()(options, site)
-        refuse_longer(variant, length)
+        if asked:
+            refuse_longer(variant, length)
+        length = min(length, getattr(variant, "longest", length))
     except UserError as error:
         return Finding(site, wanted, refusal=error)
     return Finding(

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from attention.folding import fold
+from attention.folding import fold, require_foldable
 from heedful import UserError
 from pipelines.inference import model_folder
 from pipelines.preparation import build_accelerator, build_console, tell
@@ -43,6 +43,7 @@ def convert(checkpoint: str, out: Path, *, console: Console | None = None) -> No
     task = load_task(folder, load_tokenizer(str(folder)))
     with quiet():
         model = load_model(task.auto_class, str(folder), **task.model_kwargs()).model
+    require_foldable(model)  # first: others read other inputs
     probes = _probes(model)
     before, heads, size = answers(model, *probes), model.config.num_key_value_heads, model.num_parameters()
     plain = fold(model)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from heedful import UserError
 from pipelines.attention_pictures import View, check_figure, draw_figure, page
 from pipelines.inference import model_folder
 from pipelines.preparation import build_accelerator, build_console, tell
+from sources.files import writing
 from sources.texts import counted
 from tasks.positions import max_positions
 from tasks.saved import FILE, load_task
@@ -73,11 +73,11 @@ def show(
     views = _views(model, calls, tokens, layer, head)
     blank = sum(view.weights_HNM is None for view in views)
     without = f" ({blank} of them without a table of weights that could be drawn)" if blank else ""
-    with _writing(out):
+    with writing(out):
         out.write_text(page(f"Attention of {checkpoint}", _notes(text, tokens), views), encoding="utf-8")
     tell(console, f"{out}: {counted(len(views), 'places')}{without}, {_counted(tokens)}")
     if figure is not None:
-        with _writing(figure):
+        with writing(figure):
             draw_figure(figure, views)
         tell(console, str(figure))
 
@@ -86,14 +86,6 @@ def _refuse_no_file(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "a folder" if path.is_dir() else "no such folder"
         raise UserError(what, where=str(path), expected="a file in a folder that is there")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"can not be written: {error.strerror}", where=str(path)) from error
 
 
 def _open(checkpoint: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -12,9 +12,12 @@ from typing import Any, cast
 import datasets
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from pyarrow import compute
 from torch import nn
+from transformers import PreTrainedModel
 
-from attention.seam import describe, describe_plan, refuse_longer_texts
+from attention.options import ROLES, Role
+from attention.seam import describe, describe_plan, refuse_longer_texts, stored_plan
 from attention.sharing import connect, ring_size
 from heedful import UserError
 from pipelines.sections import ModelSection, RunConfig
@@ -120,7 +123,7 @@ def load_base(config: RunConfig, task: Task) -> Loaded:
             fix="leave it out, or say a longer model.max_length",
         )
     check_lengths(loaded.model, task.sequences())
-    refuse_longer_texts(loaded.model, _longest(task))
+    refuse_longer_texts(loaded.model, _longest(task, loaded.model))
     _raise_tokenizer(task, loaded, config.model.max_length)
     task.prepare_model(loaded.model)
     return loaded
@@ -171,12 +174,21 @@ def _wanted(config: RunConfig, task: Task) -> Wanted | None:
     """The positions that the run needs; None where a model with too few is to be refused."""
     if config.model.positions == "refuse":
         return None
-    return Wanted(config.model.max_length, _longest(task), config.model.positions)
+    return Wanted(config.model.max_length, max(_lengths(task)), config.model.positions)
 
 
-def _longest(task: Task) -> int:
-    """Tokens of the longest sequence that the settings allow."""
-    return max(sum(tokens.values()) for tokens in task.sequences())
+def _lengths(task: Task) -> list[int]:
+    """Tokens of each of the longest sequences that the settings allow."""
+    return [sum(tokens.values()) for tokens in task.sequences()]
+
+
+def _longest(task: Task, model: PreTrainedModel) -> dict[Role, int]:
+    """Most tokens that each kind of attention meets by the settings."""
+    source, *targets = lengths = _lengths(task)
+    if not model.config.is_encoder_decoder:
+        return dict.fromkeys(ROLES, max(lengths))
+    decoded = max(targets, default=source)  # a classifier's decoder reads the source again
+    return {"encoder.self": source, "decoder.self": decoded, "cross": source}
 
 
 def _where(config: RunConfig) -> dict[str, Any]:
@@ -228,12 +240,21 @@ def describe_model(config: RunConfig, task: Task, loaded: Loaded, model: nn.Modu
         lines.append(f"in the checkpoint, not used: {', '.join(_across_layers(loaded.unused))}")
     if loaded.growth is not None:
         lines.append(loaded.growth.describe())
-    longest = _longest(task)
-    if not config.data.streaming:  # of a stream longer ones may yet come
-        longest = min(longest, max(features["length"]))
     if loaded.replaced is not None:
         lines.append(f"attention: {describe_plan(loaded.replaced)} of the checkpoint was taken out")
+    if stored_plan(loaded.model) is None:
+        return "\n".join(lines)
+    longest = _longest(task, loaded.model)
+    if not config.data.streaming:  # of a stream longer ones may yet come
+        longest = {role: min(tokens, _longest_text(features)) for role, tokens in longest.items()}
     return "\n".join([*lines, *describe(loaded.model, longest)])
+
+
+def _longest_text(features: datasets.Dataset) -> int:
+    """In tokens; positions are counted in each text of a row that holds several."""
+    if "position_ids" not in features.column_names:
+        return int(compute.max(features.data.column("length")).as_py())
+    return 1 + int(compute.max(compute.list_flatten(features.data.column("position_ids"))).as_py())
 
 
 def _across_layers(names: Sequence[str]) -> list[str]:

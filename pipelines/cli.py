@@ -234,7 +234,8 @@ def check_attention(
         typer.Argument(metavar="PLAN", help="attention=sliding_window attention.reach=64; none tries all."),
     ] = None,
     length: Annotated[
-        int | None, typer.Option("--length", min=1, help="Tokens of a text, in place of the model's longest.")
+        int | None,
+        typer.Option("--length", min=1, max=2**20, help="Tokens of a text, in place of the model's longest."),
     ] = None,
 ) -> None:
     """Show where other attention goes in, and what it saves; exit code 2 where it does not."""

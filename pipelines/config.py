@@ -6,6 +6,7 @@ It imports no torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,19 @@ from pipelines.sections import TRANSFER, RunConfig, contradictions
 from tasks import TASKS
 from tasks.options import Options, Settings
 
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where PyYAML keeps the last without a word."""
+    """SafeLoader that refuses a key given twice, where PyYAML keeps the last without a word.
+
+    And 010 is not 8, nor 1:30 90, which they are in YAML 1.1: numbers are decimal.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 # as PyYAML has it
+        first: [(tag, _DECIMAL if tag.endswith(":int") else pattern) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: list[Any] = []

@@ -172,9 +172,9 @@ class Generation:
             end_with(model, self.tokenizer, answer_end(self.tokenizer))
         if self.packing and not keeps_apart(model, self.max_length):
             raise UserError(
-                f"{type(model).__name__} with this attention answers otherwise where a text is packed behind another",
+                f"{type(model).__name__} answers otherwise where a text is packed behind another",
                 where="generation.packing",
-                fix="generation.packing=false, or an attention that goes by distances alone, not by blocks of a row",
+                fix="generation.packing=false, or, if attention= names a variant, one that goes by distances alone",
             )
 
     def model_kwargs(self) -> dict[str, Any]:

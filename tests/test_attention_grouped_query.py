@@ -3,8 +3,8 @@
 import pytest
 import torch
 from attention_samples import make, make_mask, make_tensors
-from tiny_families import make_model
-from transformers import AutoModel, AutoModelForCausalLM
+from tiny_families import COMMON, SIZES, make_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from attention.folding import fold
 from attention.options import Plan
@@ -108,6 +108,7 @@ def test_a_folded_model_is_the_one_that_pools(family, values, kv_heads):
         ("llama", "blockwise", "without grouped_query in all of its layers"),
         ("llama", {"decoder.self[0]": {"variant": "grouped_query", "kv_heads": 1}}, "without grouped_query in all"),
         ("gpt2", {"variant": "grouped_query", "kv_heads": 1}, "GPT2LMHeadModel, which has no setting for fewer"),
+        ("bart", {"variant": "grouped_query", "kv_heads": 1}, "BartForCausalLM, which has no setting for fewer"),
         ("qwen3", {"variant": "grouped_query", "kv_heads": 1}, "Qwen3ForCausalLM, which norms its keys"),
     ],
 )
@@ -115,5 +116,23 @@ def test_what_can_not_be_folded_is_refused(family, values, message):
     model = make_model(family, AutoModelForCausalLM)
     if values is not None:
         install(model, Plan.model_validate(values))
+    with pytest.raises(UserError, match=message):
+        fold(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("stablelm", {"qk_layernorm": True}, "which norms its keys"),
+        ("phi", {"qk_layernorm": True}, "which norms its keys"),
+        ("olmo", {"clip_qkv": 1.0}, "which clips its keys"),
+        ("phi3", {"pad_token_id": 0}, "which has no k_proj and v_proj at"),
+    ],
+)
+def test_what_is_no_mean_of_what_was_is_refused(kind, values, message):
+    """It would answer otherwise, and no error would say so."""
+    sizes = COMMON | SIZES | {"num_attention_heads": 4, "num_key_value_heads": 4} | values
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    install(model, plan(2))
     with pytest.raises(UserError, match=message):
         fold(model)

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     CLIPConfig,
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attention import VARIANTS
-from attention.options import Plan
+from attention.options import ROLES, Plan
 from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, recorded, remove, stored_plan
 from attention.variant import Needs
 from heedful import UserError
@@ -135,7 +136,7 @@ def test_it_is_said_where_a_variant_changes_nothing(family, values, longest):
     for length in (longest, longest + 1):
         ids = torch.arange(5, 5 + length)[None]
         differs = float((model(input_ids=ids)[0] - other(input_ids=ids)[0]).detach().abs().max()) > 1e-5
-        said = any("changes nothing" in line for line in describe(other, length))
+        said = any("changes nothing" in line for line in describe(other, dict.fromkeys(ROLES, length)))
         assert (said, differs) == (length == longest, length > longest)
 
 
@@ -146,21 +147,34 @@ def test_a_span_that_training_moves_is_not_said_to_change_nothing():
         model.zero_grad()
         model(input_ids=torch.arange(5, 5 + length)[None])[0].square().sum().backward()
         moves = any(bool(p.grad.any()) for name, p in model.named_parameters() if name.endswith("span"))
-        assert any("changes nothing" in line for line in describe(model, length)) is not moves
+        assert any("changes nothing" in line for line in describe(model, dict.fromkeys(ROLES, length))) is not moves
+
+
+def test_it_is_said_by_what_each_kind_of_attention_meets():
+    model = make_model("bart", AutoModel)
+    install(model, plan({"variant": "sliding_window", "reach": 8}))
+    lines = describe(model, {"encoder.self": 30, "decoder.self": 9, "cross": 30})
+    said = [line for line in lines if line.startswith("!")]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "! attention: decoder.self[0] changes nothing: it is full attention over texts of up to 9"
+    )
 
 
 def test_it_is_said_where_no_text_has_the_global_token():
     model = make_model("bert", AutoModel)
     install(model, plan({"variant": "sliding_window", "reach": 3, "global_tokens": [0, 20]}))
-    assert not [line for line in describe(model, 21) if line.startswith("!")]
-    assert describe(model, 20)[1].endswith("global token 20: no training text has more than 20 tokens")
+    assert not [line for line in describe(model, dict.fromkeys(ROLES, 21)) if line.startswith("!")]
+    assert describe(model, dict.fromkeys(ROLES, 20))[1].endswith(
+        "global token 20: no text to learn from has more than 20 tokens"
+    )
 
 
 @pytest.mark.parametrize(("kv_heads", "said"), [(1, False), (2, True)])
 def test_it_is_said_where_no_heads_are_pooled(kv_heads, said):
     model = make_model("llama", AutoModel)
     install(model, plan({"variant": "grouped_query", "kv_heads": kv_heads}))
-    assert any("changes nothing" in line for line in describe(model, 30)) is said
+    assert any("changes nothing" in line for line in describe(model, dict.fromkeys(ROLES, 30))) is said
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "mistral", "t5", "bart"])
@@ -211,7 +225,8 @@ def test_a_class_that_computes_attention_in_its_own_way_is_refused(family):
     assert refused.value.found.startswith(type(model).__name__)
     assert "BERT, RoBERTa" in refused.value.fix
     assert model.config._attn_implementation != NAME
-    install(model, plan("full"))
+    for full in ("full", {"encoder.self": "full"}):
+        install(model, plan(full))
 
 
 PIXELS = {"image_size": 8, "patch_size": 4, "num_channels": 1}
@@ -606,6 +621,38 @@ def test_the_plan_that_another_takes_the_place_of_is_kept_in_mind(saved):
     assert load_model(kind, str(folder)).replaced is None
     assert load_model(kind, str(folder), attention=plan(WINDOW)).replaced is None
     assert load_model(kind, str(folder), attention=plan("full")).replaced == plan(WINDOW)
+
+
+@pytest.mark.parametrize("shard", [None, "20KB"])
+@pytest.mark.parametrize(
+    ("saved_as", "opened_as"),
+    [
+        (AutoModelForCausalLM, AutoModelForQuestionAnswering),
+        (AutoModelForQuestionAnswering, AutoModelForCausalLM),
+        (AutoModelForQuestionAnswering, AutoModel),
+        (AutoModelForCausalLM, AutoModel),
+        (AutoModel, AutoModelForQuestionAnswering),
+    ],
+)
+def test_what_variants_learned_is_found_under_another_name_of_the_body(saved_as, opened_as, shard, tmp_path):
+    """Llama's question answering says ``transformer`` where its other classes say ``model``."""
+    model = make_model("llama", saved_as)
+    install(model, plan({"variant": "additive"}))
+    learned = [parameter for name, parameter in model.named_parameters() if CHILD in name]
+    with torch.no_grad():
+        for parameter in learned:
+            parameter.add_(torch.rand_like(parameter))
+    model.save_pretrained(tmp_path, **{"max_shard_size": shard} if shard else {})
+    again = load_model(opened_as, str(tmp_path))
+    assert not [name for name in again.new if "head" not in name and "qa_outputs" not in name]
+    found = [parameter for name, parameter in again.model.named_parameters() if CHILD in name]
+    assert all(map(torch.equal, learned, found))
+
+
+def test_plans_in_another_order_are_others():
+    one, other = ({"encoder.self[0,1]": "strided", "encoder.self[1,2]": "full"}, {"encoder.self[1,2]": "full"})
+    assert plan(one) == plan(dict(one))
+    assert plan(one) != plan(other | one)
 
 
 def test_two_halves_with_a_plan_of_their_own_are_refused(saved):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_families import make_model, make_task, save_body
+from tiny_families import make_config, make_model, make_task, save_body
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -158,13 +158,13 @@ def test_a_model_that_is_not_there_is_said_to_be_absent(folder, cli_run):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "the checkpoint holds sliding_window reach=3 global_tokens=[]: a run that names no attention keeps it"),
+        ([], "the checkpoint holds sliding_window reach=3 global_tokens=[]; a run that names no attention keeps it"),
         (
             ["attention=strided"],
-            "the checkpoint holds sliding_window reach=3 global_tokens=[]: which this plan replaces",
+            "the checkpoint holds sliding_window reach=3 global_tokens=[], which this plan replaces",
         ),
         (["attention=sliding_window", "attention.reach=3"], "a run that names no attention keeps it"),
-        (["attention=full"], "the checkpoint holds sliding_window reach=3 global_tokens=[]: which this plan replaces"),
+        (["attention=full"], "the checkpoint holds sliding_window reach=3 global_tokens=[], which this plan replaces"),
     ],
 )
 def test_the_plan_that_a_checkpoint_holds_is_said(folder, cli_run, overrides, message):
@@ -186,6 +186,14 @@ def test_a_longer_text_is_counted_with_the_positions_that_a_run_would_give(folde
     assert "positions" not in cli_run(*arguments, "--length", "64")[1]
 
 
+def test_a_model_of_more_tokens_than_a_variant_takes_is_counted_for_as_many_as_it_takes(folder, cli_run):
+    save_body("llama", "model", max_position_embeddings=4096)
+    code, out, log = cli_run("attention", "check", "model", "attention=additive")
+    assert code == 0, log
+    assert "LlamaModel, 4,096 tokens" in out
+    assert check("model", ["attention=additive"])[0].full == 2048 * 2049 // 2
+
+
 def test_what_was_learned_for_its_positions_is_not_said_to_go_with_more(folder, cli_run):
     model = make_model("bert", AutoModel)
     install(model, Plan.model_validate({"variant": "linformer", "k": 8}))
@@ -201,7 +209,7 @@ def test_a_text_beyond_the_end_of_a_variant_is_refused(folder, cli_run):
     save_body("bert", "model")
     code, out, _ = cli_run("attention", "check", "model", "attention=additive", "--length", "2049")
     assert code == 2
-    assert "refused: a text of 2,049 tokens for additive attention; expected at most 2,048" in out
+    assert "refused: 2,049 tokens for additive attention; expected at most 2,048" in out
     assert cli_run("attention", "check", "model", "attention=additive", "--length", "2048")[0] == 0
 
 
@@ -478,6 +486,25 @@ def test_a_pooled_model_becomes_a_plain_one(pooled, cli_run):
     plain = AutoModelForCausalLM.from_pretrained("plain")
     torch.testing.assert_close(plain(input_ids=ids).logits, pooled(input_ids=ids).logits, rtol=0, atol=1e-5)
     assert plain.config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "kind", "message"),
+    [
+        ("generation", "gpt2", AutoModelForCausalLM, "GPT2LMHeadModel, which has no setting for fewer"),
+        ("classification", "bert", AutoModelForSequenceClassification, "which has no setting for fewer"),
+        ("summarization", "t5", AutoModelForSeq2SeqLM, "which has no setting for fewer"),
+        ("classification", "bart", AutoModelForSequenceClassification, "which has no setting for fewer"),
+    ],
+)
+def test_what_has_no_setting_for_fewer_heads_is_not_converted(task, family, kind, message, folder, cli_run):
+    made, _, _ = make_task(task, family)
+    model = kind.from_config(make_config(family, **made.model_kwargs()))
+    install(model, Plan.model_validate({"variant": "grouped_query", "kv_heads": 1}))
+    write_whole(Path("model"), lambda aside: write_model(model, made, aside))
+    code, _, log = cli_run("attention", "convert", "model", "plain")
+    assert code == 2
+    assert message in log
 
 
 def test_a_conversion_that_answers_otherwise_leaves_nothing(pooled, cli_run, monkeypatch):

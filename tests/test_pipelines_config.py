@@ -195,6 +195,17 @@ def test_a_plan_that_is_none_is_refused_in_its_own_words(write, overrides, expec
     assert expected in refusal(write(), *overrides)
 
 
+@pytest.mark.parametrize("number", ["1:30", "0x10", "0b1"])
+def test_a_number_is_decimal(write, number):
+    """Of 010 YAML 1.1 makes 8, of 1:30 it makes 90."""
+    assert f"train.batch_size='{number}'" in refusal(write(), f"train.batch_size={number}")
+    assert f"train.batch_size='{number}'" in refusal(
+        write(f"task: ner\nmodel: {{name: m}}\ntrain: {{batch_size: {number}}}")
+    )
+    for text, value in (("1_000", 1000), ("010", 10)):
+        assert config.load(write(), [f"train.batch_size={text}"]).train.batch_size == value
+
+
 @pytest.mark.parametrize(
     ("variant", "setting"),
     [(variant, name) for variant in OPTIONS for name in settings_of(variant) if name != "global_tokens"],

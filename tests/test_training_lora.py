@@ -20,7 +20,7 @@ from attention.options import Plan
 from attention.seam import variant_parameters
 from heedful import UserError
 from training.batches import examples
-from training.export import _answers, _difference, export
+from training.export import answers, difference, export
 from training.loop import Trainee, run_update
 from training.lora import adapter_merged, add_lora, block_linears, open_adapter, owners, save_adapter
 from training.models import load_model, pretrained_hash
@@ -90,7 +90,7 @@ def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, ta
     assert len(adapters) >= 2 * 2 * 4  # A and B, two blocks, at least four linear layers in each
 
     probe = task.collate(examples(features, np.arange(8)))
-    trained = _answers(copy.deepcopy(model), probe)
+    trained = answers(copy.deepcopy(model), probe)
     differences = export(model, task, tmp_path, probes=[probe], base=base, base_hash=hash_of(task, base))
     assert set(differences) == {"adapter", "model"}
     assert max(differences.values()) < 1e-5
@@ -101,7 +101,7 @@ def test_what_is_new_is_trained_and_saved_and_the_base_is_not_touched(family, ta
         load_model(task.auto_class, **base, **task.model_kwargs()).model, tmp_path / "adapter"
     )
     for model_again in (plain_model, again):
-        for ours, theirs in zip(_answers(model_again, probe), trained, strict=True):
+        for ours, theirs in zip(answers(model_again, probe), trained, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -114,12 +114,12 @@ def test_an_adapter_is_merged_for_a_while_as_it_will_be_for_good(variant, bodies
     probe = task.collate(examples(features, np.arange(8)))
     before = snapshot(model)
     with torch.autocast("cpu", torch.bfloat16):
-        beside = _answers(model, probe)
+        beside = answers(model, probe)
         with adapter_merged(model):
-            within = _answers(model, probe)
+            within = answers(model, probe)
         assert changed(before, model) == set()
-        assert all(map(torch.equal, _answers(model, probe), beside))
-        for_good = _answers(model.merge_and_unload(), probe)
+        assert all(map(torch.equal, answers(model, probe), beside))
+        for_good = answers(model.merge_and_unload(), probe)
     assert all(map(torch.equal, within, for_good))
     assert not any(map(torch.equal, within, beside))
 
@@ -146,9 +146,9 @@ def test_merging_a_damaged_adapter_is_noticed(bodies, tmp_path, monkeypatch):
 def test_no_difference_hides_behind_another():
     """Python's max takes the first of a number and a NaN."""
     number, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
-    assert np.isnan(_difference([number, number], [number, nan]))
-    assert np.isnan(_difference([number, number], [nan, number]))
-    assert _difference([number, 2 * number], [number, 3 * number]) == 0.5
+    assert np.isnan(difference([number, number], [number, nan]))
+    assert np.isnan(difference([number, number], [nan, number]))
+    assert difference([number, 2 * number], [number, 3 * number]) == 0.5
 
 
 @pytest.mark.fault("an adapter on another base of the same shapes", "refused by the base's sha256")
@@ -232,11 +232,11 @@ def test_a_head_under_an_unusual_name(bodies, tmp_path):
     assert trained_in_full(moved) == set(loaded.new)
     assert {n for n in moved if "lora_" in n} == {n for n in before if "lora_" in n}
     probe = task.collate(examples(features, np.arange(8)))
-    trained = _answers(model, probe)
+    trained = answers(model, probe)
     model.save_pretrained(tmp_path)
     torch.manual_seed(1)
     again = PeftModel.from_pretrained(load_model(kind, bodies["bert"], new_head=True, num_labels=3).model, tmp_path)
-    torch.testing.assert_close(_answers(again, probe), trained)
+    torch.testing.assert_close(answers(again, probe), trained)
 
 
 @pytest.mark.parametrize("name", ["dense", "query"])

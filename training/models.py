@@ -31,6 +31,8 @@ from training.configurations import load_config, quiet, token_ids
 from training.positions import Growth, Wanted, growth
 
 OWN_PLAN, OWN_POSITIONS = "the plan that it was saved with", "the positions that the checkpoint has"
+RENAMED = "renamed"
+"""Where the report of a loaded model says under which name its checkpoint holds the body, if it is another one."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -135,9 +137,10 @@ def load_model(
     _rest_the_pooler(model)
     loaded = Loaded(model.eval(), new, tuple(sorted(info["unexpected_keys"])), grown)
     stored = stored_plan(model)
-    if attention is not None and attention != stored:
+    if attention not in (None, stored):
         return replace(swap_attention(loaded, attention), replaced=stored)
-    loaded = _restore_variants(swap_attention(loaded, stored), name, partial(_read_tensors, name, revision=revision))
+    read = partial(_read_tensors, name, body=info.get(RENAMED), own=_body(model), revision=revision)
+    loaded = _restore_variants(swap_attention(loaded, stored), name, read)
     _refuse_other_variants(loaded, name)
     return loaded
 
@@ -201,18 +204,26 @@ def _refuse_other_variants(loaded: Loaded, name: str) -> None:
         )
 
 
-def _read_tensors(name: str, keys: Sequence[str], *, revision: str | None) -> dict[str, Tensor]:
-    """Some tensors of a checkpoint in safetensors, in one file or in many."""
+def _read_tensors(
+    name: str, keys: Sequence[str], *, body: str | None, own: str, revision: str | None
+) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint in safetensors, in one file or in many.
+
+    Args:
+        body: The name under which the file holds what the model has under ``own``; None for the same.
+    """
     if not keys:
         return {}
+    held = {key: key if body is None else f"{body}.{key.removeprefix(own)}" for key in keys}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     file_of = dict.fromkeys(keys, SAFE_WEIGHTS_NAME)
     if index is not None:
-        file_of = {key: json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][key] for key in keys}
+        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        file_of = {key: files[held[key]] for key in keys}
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(file_of.values())):
         with safe_open(cached_file(name, file, revision=revision), framework="pt") as opened:
-            tensors |= {key: opened.get_tensor(key) for key in keys if file_of[key] == file}
+            tensors |= {key: opened.get_tensor(held[key]) for key in keys if file_of[key] == file}
     return tensors
 
 
@@ -247,8 +258,8 @@ def _with_its_body(auto_class: Any, name: str, **kwargs: Any) -> tuple[PreTraine
     model, info = _from_pretrained(auto_class, name, **kwargs)
     if (prefix := _other_prefix(model, info)) is None:
         return model, info
-    mapping = {rf"^{prefix}\.": f"{model.base_model_prefix}."}
-    model, info = _from_pretrained(auto_class, name, key_mapping=mapping, **kwargs)
+    model, info = _from_pretrained(auto_class, name, key_mapping={rf"^{prefix}\.": _body(model)}, **kwargs)
+    info[RENAMED] = prefix
     # Or save_pretrained would write the checkpoint's names, and from_pretrained lose the trained body as well.
     model._weight_conversions = None
     return model, info
@@ -279,16 +290,22 @@ def _other_prefix(model: PreTrainedModel, info: Mapping[str, Any]) -> str | None
     Llama's and Qwen's for question answering say ``transformer`` where every checkpoint of theirs says ``model``:
     transformers would load none of it, and start at random.
     """
-    own = f"{model.base_model_prefix}."
+    own = _body(model)
     wanted = {key.removeprefix(own) for key in info["missing_keys"] if key.startswith(own)}
     prefixes = {key.partition(".")[0] for key in info["unexpected_keys"]}
     held = (p for p in prefixes if wanted and {f"{p}.{key}" for key in wanted} <= set(info["unexpected_keys"]))
     return next(held, None)
 
 
+def _body(model: PreTrainedModel) -> str:
+    """How the names of a model's body begin: with nothing, where it has no head."""
+    own = f"{model.base_model_prefix}."
+    return own if any(name.startswith(own) for name, _ in model.named_parameters()) else ""
+
+
 def _refuse_random_body(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> None:
     """A checkpoint of which nothing fits would be trained from scratch, and called pretrained."""
-    body = {key for key, _ in model.named_parameters() if key.startswith(f"{model.base_model_prefix}.")}
+    body = {key for key, _ in model.named_parameters() if key.startswith(_body(model))}
     if body and body <= set(info["missing_keys"]):
         unused = first_few(sorted(info["unexpected_keys"])[:3])
         raise UserError(

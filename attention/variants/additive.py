@@ -85,10 +85,6 @@ class Additive(nn.Module):
         width = self.v.shape[1]
         return Work(scored, all_pairs(length, causal=causal), f"pairs, each of which costs {width} values of tanh")
 
-    def is_full(self, length: int, *, causal: bool) -> bool:
-        """Of no length; see ``attention.variant.Variant``."""
-        return False
-
     def extra_repr(self) -> str:
         """Heads and their size."""
         return "heads={}, key_heads={}, width={}".format(len(self.W), *self.U.shape[:2])
