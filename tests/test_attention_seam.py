@@ -586,7 +586,10 @@ def learned(tmp_path):
         ({"variant": "linformer", "k": 4}, "is (8, 64)"),
     ],
 )
-@pytest.mark.fault("a plan in config.json that was changed by hand", "refused: what was learned would be dropped")
+@pytest.mark.fault(
+    "a plan in config.json that was changed by hand, so that what was learned does not fit it",
+    "refused: it would be dropped",
+)
 def test_a_plan_that_is_not_that_of_the_weights_is_refused(learned, stored, message):
     folder, change = learned
     change(attention_plan=stored)
