@@ -17,11 +17,10 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from attention import VARIANTS
+from attention.describing import describe_options, describe_plan, span
 from attention.options import ROLES, AnyOptions, Plan
 from attention.seam import (
     choose,
-    describe_options,
-    describe_plan,
     find_sites,
     install,
     refuse_beyond,
@@ -30,7 +29,6 @@ from attention.seam import (
     refuse_mixed,
     refuse_no_place,
     remove,
-    span,
     stored_plan,
 )
 from attention.sharing import prove

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from attention.seam import Call, choose, describe_options, recorded, sites_of, stored_plan
+from attention.describing import describe_options
+from attention.seam import Call, choose, recorded, sites_of, stored_plan
 from attention.variant import Site
 from heedful import UserError
 from pipelines.attention_pictures import View, check_figure, draw_figure, page

@@ -16,8 +16,9 @@ from pyarrow import compute
 from torch import nn
 from transformers import PreTrainedModel
 
+from attention.describing import describe, describe_plan
 from attention.options import ROLES, Role
-from attention.seam import describe, describe_plan, refuse_longer_texts, stored_plan
+from attention.seam import refuse_longer_texts, stored_plan
 from attention.sharing import connect, ring_size
 from heedful import UserError
 from pipelines.sections import ModelSection, RunConfig

@@ -28,8 +28,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attention import VARIANTS
+from attention.describing import describe
 from attention.options import ROLES, Plan
-from attention.seam import CHILD, NAME, as_full, attend, describe, find_sites, install, recorded, remove, stored_plan
+from attention.seam import CHILD, NAME, as_full, attend, find_sites, install, recorded, remove, stored_plan
 from attention.variant import Needs
 from heedful import UserError
 from training.models import load_model
