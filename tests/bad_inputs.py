@@ -345,7 +345,7 @@ CONFIGURATION = {
     "a key that is a number": file(f"{MODEL}1: 2", "Keys should be strings"),
     "a key in a section that is a number": file(f"{MODEL}train: {{1: 2}}", "train", "Keys should be strings"),
     "a date that is none": file(f"{MODEL}seed: 2026-13-45", "run.yaml", "not readable as YAML", "month"),
-    "a number that is none": file(f"{MODEL}seed: 0b_", "run.yaml", "not readable as YAML"),
+    "a number that is none": file(f"{MODEL}seed: 0b_", "seed='0b_'", "valid integer"),
     "a tag of YAML's that does not fit": file(f"{MODEL}seed: !!bool maybe", "run.yaml", "not readable as YAML"),
     "lists in lists without an end": file("[" * 600, "run.yaml", "not readable as YAML"),
     "a list that holds itself": file(f"{MODEL}lora: {{target_modules: &a [*a]}}", "lora.target_modules"),

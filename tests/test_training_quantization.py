@@ -24,7 +24,7 @@ from tasks.batching import model_inputs
 from training import checkpoints, quantization
 from training.batches import examples
 from training.checkpoints import Position, model_tensors
-from training.export import _answers, export
+from training.export import answers, export
 from training.footprint import activation_bytes, measure
 from training.loop import run_update
 from training.lora import add_lora, linears_of_blocks
@@ -182,7 +182,7 @@ def test_what_was_trained_is_what_is_saved(family, four_bits, lora, bodies, tmp_
     model = adapted(loaded, **lora)
     train(model, task, features)
     batch = probe(task, features)
-    trained = _answers(model, batch)
+    trained = answers(model, batch)
     delta = {
         name: layer.get_delta_weight("default") for name, layer in model.named_modules() if hasattr(layer, "lora_A")
     }
@@ -201,7 +201,7 @@ def test_what_was_trained_is_what_is_saved(family, four_bits, lora, bodies, tmp_
     assert "quantization_config" not in config
     assert {tensor.dtype for tensor in load_file(tmp_path / "model/model.safetensors").values()} == {torch.float32}
     plain = task.auto_class.from_pretrained(tmp_path / "model").eval()
-    for ours, theirs in zip(_answers(plain, batch), trained, strict=True):
+    for ours, theirs in zip(answers(plain, batch), trained, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     if lora.get("use_dora"):
         return
@@ -281,8 +281,8 @@ def test_with_another_attention(variant, bodies):
     assert len(four_bit_layers(loaded.model)) == 2 * 6
     model, batch = adapted(loaded), probe(task, features)
     train(model, task, features, steps=1)
-    trained = _answers(model, batch)
-    torch.testing.assert_close(_answers(merge(model), batch), trained, rtol=1e-5, atol=1e-5)
+    trained = answers(model, batch)
+    torch.testing.assert_close(answers(merge(model), batch), trained, rtol=1e-5, atol=1e-5)
 
 
 def test_activation_checkpointing_changes_no_gradient_and_keeps_less(bodies):
@@ -326,8 +326,8 @@ def test_without_the_package_or_layers_it_is_refused(bodies, monkeypatch):
 def test_on_a_gpu_it_answers_and_is_saved_as_on_the_cpu(four_bits, bodies, tmp_path):
     task, features, loaded = load("llama", bodies, four_bits)
     model, batch = adapted(loaded), probe(task, features)
-    expected = _answers(model, batch)
-    for ours, theirs in zip(_answers(model.cuda(), batch), expected, strict=True):
+    expected = answers(model, batch)
+    for ours, theirs in zip(answers(model.cuda(), batch), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     differences = export(
         model,
