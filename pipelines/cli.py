@@ -69,7 +69,8 @@ def finetune(
     try:
         verb.finetune(settings)
     except Stopped as stopped:
-        typer.echo(f"{stopped}; resume=auto goes on", err=True)
+        if _is_main():
+            typer.echo(f"{stopped}; resume=auto goes on", err=True)
         raise typer.Exit(143) from None
 
 
@@ -90,7 +91,8 @@ def reproduce(
     try:
         raise typer.Exit(0 if verb.reproduce(run, out) else 1)
     except Stopped as stopped:
-        typer.echo(f"{stopped}; it has to begin anew", err=True)
+        if _is_main():
+            typer.echo(f"{stopped}; it has to begin anew", err=True)
         raise typer.Exit(143) from None
 
 
