@@ -41,7 +41,8 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
                 weights[key] = _pooled(weights[key], site.needs.key_heads, kept)
     plain = type(model)(config)
     plain.load_state_dict(weights)
-    plain.generation_config = model.generation_config
+    if model.can_generate():
+        plain.generation_config = model.generation_config
     return plain.to(model.device, model.dtype).eval()
 
 

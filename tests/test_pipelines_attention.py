@@ -14,8 +14,10 @@ from tiny_families import make_config, make_model, make_task, save_body
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
@@ -29,6 +31,7 @@ from pipelines.attention_pictures import View, draw_figure, page
 from sources.files import write_whole
 from tasks.saved import save_task
 from training.export import write_model
+from training.models import load_model
 
 WINDOW = {"variant": "sliding_window", "reach": 3}
 TEXT = "the cat sat on the mat in Berlin"
@@ -486,6 +489,26 @@ def test_a_pooled_model_becomes_a_plain_one(pooled, cli_run):
     plain = AutoModelForCausalLM.from_pretrained("plain")
     torch.testing.assert_close(plain(input_ids=ids).logits, pooled(input_ids=ids).logits, rtol=0, atol=1e-5)
     assert plain.config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("ner", AutoModelForTokenClassification),
+        ("qa", AutoModelForQuestionAnswering),
+    ],
+)
+def test_a_decoder_with_another_head_is_converted_too(task, kind, folder, cli_run):
+    made, _, _ = make_task(task, "llama")
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    model = kind.from_config(make_config("llama", **sizes, **made.model_kwargs())).eval()
+    install(model, Plan.model_validate({"variant": "grouped_query", "kv_heads": 2}))
+    write_whole(Path("model"), lambda aside: write_model(model, made, aside))
+    code, _, log = cli_run("attention", "convert", "model", "plain")
+    assert code == 0, log
+    ids = torch.arange(5, 30)[None]
+    plain = load_model(kind, "plain").model
+    torch.testing.assert_close(plain(input_ids=ids)[0], model(input_ids=ids)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
