@@ -287,7 +287,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None:
         raise UserError(
             "the tokenizer has no padding token",
-            where="model.name",
+            where=tokenizer.name_or_path,
             expected="one, since a classifier over a decoder finds the end of a text by it",
             fix="set tokenizer.pad_token (often to eos_token) and save the tokenizer",
         )

@@ -100,11 +100,13 @@ class Generation:
         """
         form = _form(rows[0], where="data.train")
         if tokenizer.eos_token_id is None:
-            raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
+            raise UserError(
+                "a tokenizer without eos_token", where=tokenizer.name_or_path, expected="a token that ends a text"
+            )
         if form == "chat" and tokenizer.chat_template is None:
             raise UserError(
                 "a tokenizer without a chat template",
-                where="model.name",
+                where=tokenizer.name_or_path,
                 fix="take a chat model, or give the data as prompt and completion",
             )
         if form == "chat":

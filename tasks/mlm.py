@@ -71,7 +71,9 @@ class Mlm:
         for token in ("mask_token", "pad_token"):
             if getattr(tokenizer, token) is None:
                 raise UserError(
-                    f"a tokenizer without {token}", where="model.name", fix="task: generation suits decoder-only models"
+                    f"a tokenizer without {token}",
+                    where=tokenizer.name_or_path,
+                    fix="task: generation suits decoder-only models",
                 )
         return cls(tokenizer, max_length, options)
 

@@ -98,7 +98,9 @@ class TextToText:
         _check_source_settings(options, encoder_decoder=model_config.is_encoder_decoder)
         logger.info("decoding: %s", described(options.decoding))
         if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
-            raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends a text")
+            raise UserError(
+                "a tokenizer without eos_token", where=tokenizer.name_or_path, expected="a token that ends a text"
+            )
         if isinstance(options, TranslationOptions):
             logger.info("scored by %s", _signature(options))
         if model_config.is_encoder_decoder:
@@ -106,7 +108,9 @@ class TextToText:
             return cls(tokenizer, max_length, _decoder_start(tokenizer, model_config, options), options)
         require_fast(tokenizer)
         if tokenizer.eos_token is None:
-            raise UserError("a tokenizer without eos_token", where="model.name", expected="a token that ends an answer")
+            raise UserError(
+                "a tokenizer without eos_token", where=tokenizer.name_or_path, expected="a token that ends an answer"
+            )
         logger.info("a decoder-only model: each source is put as %r", options.prompt_template)
         task = cls(tokenizer, max_length, None, options)
         if task._source_room() < 1:

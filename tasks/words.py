@@ -37,7 +37,7 @@ def word_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
             return prefix
     raise UserError(
         f"{type(tokenizer).__name__} tokenizes a list of words differently from running text",
-        where="model.name",
+        where=tokenizer.name_or_path,
         expected="a tokenizer that keeps words apart with is_split_into_words=True",
         fix="use another checkpoint, or load its tokenizer with add_prefix_space=True and save it",
     )
