@@ -21,7 +21,14 @@ from pipelines.sections import TRANSFER, RunConfig, contradictions
 from tasks import TASKS
 from tasks.options import Options, Settings
 
-_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
+_EXPONENT = r"([eE][-+][0-9]+)?"
+_DECIMAL = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        rf"([-+]?[0-9][0-9_]*\.[0-9_]*{_EXPONENT}|\.[0-9][0-9_]*{_EXPONENT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+}
+"""What of a plain word is a number, as YAML 1.1 has it but for numbers to the base of 2, 8, 16 and 60."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -31,7 +38,7 @@ class _StrictLoader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 # as PyYAML has it
-        first: [(tag, _DECIMAL if tag.endswith(":int") else pattern) for tag, pattern in resolvers]
+        first: [(tag, _DECIMAL.get(tag, pattern)) for tag, pattern in resolvers]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

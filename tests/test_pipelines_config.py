@@ -195,7 +195,7 @@ def test_a_plan_that_is_none_is_refused_in_its_own_words(write, overrides, expec
     assert expected in refusal(write(), *overrides)
 
 
-@pytest.mark.parametrize("number", ["1:30", "0x10", "0b1"])
+@pytest.mark.parametrize("number", ["1:30", "1:30.5", "0x10", "0b1"])
 def test_a_number_is_decimal(write, number):
     """Of 010 YAML 1.1 makes 8, of 1:30 it makes 90."""
     assert f"train.batch_size='{number}'" in refusal(write(), f"train.batch_size={number}")
@@ -204,6 +204,10 @@ def test_a_number_is_decimal(write, number):
     )
     for text, value in (("1_000", 1000), ("010", 10)):
         assert config.load(write(), [f"train.batch_size={text}"]).train.batch_size == value
+    for text in ("1.5e-3", "0.0015", ".0015", "1e-3", "1_0.5"):
+        expected = float(text)
+        assert config.load(write(), [f"train.learning_rate={text}"]).train.learning_rate == expected
+    assert config.load(write(), ["train.max_grad_norm=.inf"]).train.max_grad_norm == float("inf")
 
 
 @pytest.mark.parametrize(
