@@ -42,6 +42,8 @@ SETTINGS = (
 )
 """Of ``train``, that have a line of their own; the others share one."""
 FOUR_BITS = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+FOLDED = "grouped_query"
+"""The attention that leaves no plan behind once a model is converted."""
 RESULTS = ".eval_results/heedful.yaml"
 
 
@@ -198,9 +200,14 @@ def _source(source: Source) -> str:
 
 
 def _attention(facts: Facts) -> str:
-    if (plan := facts.architecture.get("attention_plan")) is None:
+    if (plan := facts.architecture.get("attention_plan")) is not None:
+        return f"`{json.dumps(plan, sort_keys=True)}` in place of full attention."
+    if FOLDED not in json.dumps(facts.config.get("attention")):  # in the short form or at some place
         return ""
-    return f"`{json.dumps(plan, sort_keys=True)}` in place of full attention."
+    return (
+        f"Trained with {FOLDED}, and converted to a plain model with fewer key/value heads by `heedful attention "
+        "convert`. The figures are of the model before that, whose logits are the same but for rounding."
+    )
 
 
 def _training(facts: Facts) -> str:

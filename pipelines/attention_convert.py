@@ -54,7 +54,7 @@ def convert(checkpoint: str, out: Path, *, console: Console | None = None) -> No
             apart = difference(before, answers(load_model(task.auto_class, str(aside)).model, *probes))
         if not apart <= MERGE_TOLERANCE:  # NaN too
             raise UserError(f"the plain model answers otherwise, by {apart:.1e}", where=checkpoint)
-        tell(console, f"logits within {apart:.1e} of those of the model that pools its heads")
+        tell(console, f"logits within {apart:.1e} of those of the model that pools its heads, in fp32")
 
     write_whole(out, fill)
     tell(console, f"key/value heads: {heads} -> {plain.config.num_key_value_heads}, in the cache of a text too")

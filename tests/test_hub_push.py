@@ -746,6 +746,15 @@ def test_the_card_names_every_setting_of_the_training(run):
     assert "- lora.target_modules: ['query']" in text
 
 
+@pytest.mark.parametrize("place", [None, "decoder.self"])
+def test_a_conversion_is_named(place, run):
+    assert "## Attention" not in card(facts.read("runs/run"), "m", hub_id="me/m")
+    path, plan = run / "config.yaml", {"variant": "grouped_query", "kv_heads": 1}
+    config = yaml.safe_load(path.read_text()) | {"attention": {place: plan} if place else plan}
+    path.write_text(yaml.safe_dump(config))
+    assert "converted to a plain model with fewer key/value heads" in card(facts.read("runs/run"), "m", hub_id="me/m")
+
+
 def test_another_attention_is_named_with_what_opens_it(run):
     path = run / "model/config.json"
     plan = {"variant": "sliding_window", "reach": 2}
