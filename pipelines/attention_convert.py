@@ -40,6 +40,7 @@ def convert(checkpoint: str, out: Path, *, console: Console | None = None) -> No
             "a folder that is there" if out.exists() else "no such folder", where=str(out), expected="a new one"
         )
     folder = model_folder(checkpoint)
+    _refuse_strange_run(out, folder)
     task = load_task(folder, load_tokenizer(str(folder)))
     with quiet():
         model = load_model(task.auto_class, str(folder), **task.model_kwargs()).model
@@ -60,6 +61,18 @@ def convert(checkpoint: str, out: Path, *, console: Console | None = None) -> No
     tell(console, f"key/value heads: {heads} -> {plain.config.num_key_value_heads}, in the cache of a text too")
     tell(console, f"parameters: {size:,} -> {plain.num_parameters():,}")
     tell(console, f"model   {out}: plain transformers opens it")
+
+
+def _refuse_strange_run(out: Path, model: Path) -> None:
+    """Beside the configuration of a run, the model would be taken for that run's: its figures, data and terms."""
+    parent = out.absolute().parent
+    known = (parent / "config.yaml").is_file() or (parent / "config.json").is_file() or parent.name == "checkpoints"
+    if known and parent.resolve() != model.resolve().parent:
+        raise UserError(
+            "a folder of another run, or within a model",
+            where=str(out),
+            expected=f"one in {model.parent}, beside the model, or one that belongs to no run",
+        )
 
 
 def _probes(model: PreTrainedModel) -> list[Batch]:

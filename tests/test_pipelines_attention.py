@@ -541,6 +541,26 @@ def test_a_conversion_that_answers_otherwise_leaves_nothing(pooled, cli_run, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["run", "other/plain"], "a folder of another run"),
+        (["run", "run/model/plain"], "a folder of another run"),
+        (["run", "run/checkpoints/plain"], "a folder of another run"),
+        (["run", "run/plain"], "plain transformers opens it"),
+    ],
+)
+def test_a_conversion_is_not_put_where_it_would_be_taken_for_another_runs(arguments, message, pooled, cli_run):
+    """By its card, with that run's figures and terms."""
+    for folder in ("other", "run/checkpoints"):
+        Path(folder).mkdir(parents=True)
+    Path("other/config.yaml").touch()
+    Path("run/config.yaml").touch()
+    Path("model").rename("run/model")
+    code, _, log = cli_run("attention", "convert", *arguments)
+    assert (code, message in log) == ((0, True) if arguments[1] == "run/plain" else (2, True)), log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["model", "model"], "a folder that is there"),
         (["model", "nowhere/plain"], "no such folder"),
         (["nothing", "plain"], "no such checkpoint"),

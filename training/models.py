@@ -248,7 +248,7 @@ def _from_pretrained(
             f"weights of other shapes than config.json says: {key} is {tuple(held)}",
             where=name,
             expected=str(tuple(wanted)),
-            fix="fetch it again",
+            fix="model.init=new_head, if it is the head of another task; else fetch it again",
         )
     return model, info
 
