@@ -51,9 +51,8 @@ class Tiled(nn.Module):
         """Whether all its pairs count; see ``attention.variant.Variant``."""
         if (rule := self.pattern.rule(length, torch.device("cpu"))) is None:
             return True
-        ends = torch.tensor(
-            [length - 1] if causal else [0, length - 1]
-        )  # of long texts it takes long to count them all
+        # To count all pairs of a long text takes long: the tokens at its ends are asked first.
+        ends = torch.tensor([length - 1] if causal else [0, length - 1])
         if not bool(rule(ends[:, None], torch.arange(length)[None, :]).all()):
             return False
         return self.work(length, 1, causal=causal).seen == all_pairs(length, causal=causal)

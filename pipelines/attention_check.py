@@ -64,6 +64,7 @@ class Finding:
         parameters: That the variant brings.
         work: Pairs of one head over one text; None where the variant does not say.
         full: Pairs of full attention.
+        length: Tokens of the text that was counted.
         kernel_up_to: Keys up to which torch's kernel may take the place of the variant's tiles.
     """
 
@@ -74,6 +75,7 @@ class Finding:
     parameters: int = 0
     work: Work | None = None
     full: int = 0
+    length: int = 0
     kernel_up_to: int = 0
 
     @property
@@ -186,6 +188,8 @@ def _show(findings: Sequence[Finding], title: str, length: int, console: Console
             console.print(f"{place}, {run[0].verdict}: {run[0].reason}", highlight=False, markup=False)
     for name, unit in _units(findings).items():
         console.print(f"{name}, scored: {unit}", highlight=False, markup=False)
+    for name, tokens in {f.chosen.variant: f.length for f in findings if f.chosen and f.length < length}.items():
+        console.print(f"{name}: counted for {tokens:,} tokens, as many as it takes", highlight=False, markup=False)
     if (kernel := max(finding.kernel_up_to for finding in findings)) >= length:
         console.print(
             f"scored: by the variant's own tiles, as in training with dropout. Up to {kernel:,} tokens, without "
@@ -213,6 +217,7 @@ def _find(plan: Plan, site: Site, length: int, *, asked: bool) -> Finding:
         parameters=sum(parameter.numel() for parameter in variant.parameters()),
         work=variant.work(length, site.needs.heads, causal=causal) if hasattr(variant, "work") else None,
         full=all_pairs(length, causal=causal),
+        length=length,
         kernel_up_to=variant.pattern.sdpa_below if hasattr(variant, "pattern") else 0,
     )
 

@@ -212,9 +212,8 @@ def _fault(fault: Mapping[str, Any], *, prefix: str, known: Sequence[str]) -> tu
     """What was found, and why it is wrong."""
     # pydantic appends the member of a union that it tried ("bool", "literal[...]"): no key of the user's.
     loc, variant = [str(part) for part in fault["loc"]], None
-    if (
-        loc[:1] == ["attention"] and len(loc) > 2
-    ):  # a place, the tag of its variant, a setting; unless it has one, no place
+    # Of a plan it says the place, its variant (the tag of a class) and the setting; of a short form no place is said.
+    if loc[:1] == ["attention"] and len(loc) > 2:
         variant = loc.pop(2)
         loc = [part for part in loc if part != EVERYWHERE]
     key = prefix + ".".join(loc)

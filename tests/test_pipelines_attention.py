@@ -194,6 +194,7 @@ def test_a_model_of_more_tokens_than_a_variant_takes_is_counted_for_as_many_as_i
     code, out, log = cli_run("attention", "check", "model", "attention=additive")
     assert code == 0, log
     assert "LlamaModel, 4,096 tokens" in out
+    assert "additive: counted for 2,048 tokens, as many as it takes" in out
     assert check("model", ["attention=additive"])[0].full == 2048 * 2049 // 2
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from attention_samples import swap
-from tiny_families import make_model
+from datasets import Dataset
+from tiny_families import make_model, make_task
 from transformers import AutoModel
 
+from attention.seam import refuse_longer_texts
 from heedful import UserError
 from pipelines import building
 from pipelines.building import build_batching, distribute
@@ -49,6 +51,41 @@ def test_what_becomes_of_a_ring_is_said():
     swap(model, "ring")
     one = SimpleNamespace(num_processes=1)
     assert "one process makes none" in distribute(load("configs/qa.yaml"), model, one)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "lengths"),
+    [
+        ("classification", "bert", {"encoder.self": 32, "decoder.self": 32, "cross": 32}),
+        ("classification", "bart", {"encoder.self": 32, "decoder.self": 32, "cross": 32}),
+        ("summarization", "bart", {"encoder.self": 32, "decoder.self": 20, "cross": 32}),
+        ("summarization", "llama", {"encoder.self": 52, "decoder.self": 52, "cross": 52}),
+    ],
+)
+def test_each_kind_of_attention_meets_lengths_of_its_own(name, family, lengths):
+    """Source and target are apart in an encoder-decoder, and one text elsewhere."""
+    settings = {"max_target_length": 20, "decoding": {"max_new_tokens": 9}} if name == "summarization" else {}
+    task, _, _ = make_task(name, family, max_length=32, **settings)
+    assert building._longest(task, make_model(family, AutoModel)) == lengths
+
+
+def test_the_longest_text_of_a_packed_row_is_not_the_row():
+    rows = {"length": [9, 7], "position_ids": [[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 0, 1, 2, 3]]}
+    assert building._longest_text(Dataset.from_dict(rows)) == 5
+    assert building._longest_text(Dataset.from_dict({"length": rows["length"]})) == 9
+
+
+def test_texts_are_refused_where_a_variant_would_meet_them():
+    """A decoder never meets a long source, but in cross-attention."""
+    long_source = {"encoder.self": 4096, "decoder.self": 64, "cross": 4096}
+    for place in ("encoder.self", "decoder.self", "cross"):
+        model = make_model("bart", AutoModel)
+        swap(model, {place: "additive"})
+        if place == "decoder.self":
+            refuse_longer_texts(model, long_source)
+            continue
+        with pytest.raises(UserError, match="4,096 tokens for additive attention"):
+            refuse_longer_texts(model, long_source)
 
 
 def test_names_of_parameters_are_listed_once_for_all_layers():

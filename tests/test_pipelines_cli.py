@@ -113,6 +113,18 @@ def test_a_run_with_another_attention(project, cli_run, lora):
     assert "no effect on a model that is trained" in log
 
 
+def test_a_run_says_that_its_attention_changes_nothing_or_is_too_short_for_its_texts(project, cli_run):
+    code, _, log = cli_run("plan", "run.yaml", "attention=sliding_window")
+    assert code == 0, log
+    assert "! attention: encoder.self[0-1] changes nothing: it is full attention over texts of up to " in log
+    code, _, log = cli_run("plan", "run.yaml", "attention=sliding_window", "attention.reach=2")
+    assert code == 0, log
+    assert "changes nothing" not in log
+    code, _, log = cli_run("plan", "run.yaml", "attention=additive", "model.max_length=2049")
+    assert code == 2
+    assert "2,049 tokens for additive attention" in log
+
+
 @pytest.mark.parametrize("lora", [(), ("lora.r=2",)], ids=["whole", "lora"])
 def test_texts_longer_than_the_model_was_made_for(lora, project, cli_run):
     long = "the cat sat on the mat " * 20
